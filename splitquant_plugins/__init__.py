@@ -1,0 +1,67 @@
+"""SplitQuant as a pass in front of the quantization recipe you already have.
+
+    from splitquant_plugins import SplitQuantPass
+
+    model = SplitQuantPass()(model)             # before any quantizer
+    recipe = SplitQuantPass() + your_recipe     # or attached to a recipe
+
+The names below are loaded when first used, so that importing the package, as every plugin does for
+`hookimpl`, costs no import of torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from splitquant_plugins.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from splitquant_plugins.config import SplitConfig
+    from splitquant_plugins.errors import SplitQuantError
+    from splitquant_plugins.grid import Grid, UniformGrid
+    from splitquant_plugins.manifest import Manifest, apply_manifest, manifest_of
+    from splitquant_plugins.plan import LayerPlan, Skip, TensorPlan
+    from splitquant_plugins.split_pass import SplitQuantPass
+    from splitquant_plugins.splitters.base import Splitter, SplitterOptions
+
+_HOME = {
+    "Grid": "grid",
+    "LayerPlan": "plan",
+    "Manifest": "manifest",
+    "Skip": "plan",
+    "SplitConfig": "config",
+    "SplitQuantError": "errors",
+    "SplitQuantPass": "split_pass",
+    "Splitter": "splitters.base",
+    "SplitterOptions": "splitters.base",
+    "TensorPlan": "plan",
+    "UniformGrid": "grid",
+    "apply_manifest": "manifest",
+    "manifest_of": "manifest",
+}
+
+__all__ = [
+    "Grid",
+    "LayerPlan",
+    "Manifest",
+    "Skip",
+    "SplitConfig",
+    "SplitQuantError",
+    "SplitQuantPass",
+    "Splitter",
+    "SplitterOptions",
+    "TensorPlan",
+    "UniformGrid",
+    "apply_manifest",
+    "hookimpl",
+    "manifest_of",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,169 @@
+"""What an adapter tells the rest of the package about its backend, and what a quantized model is to it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from splitquant_plugins.errors import ConfigError, MissingExtraError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from splitquant_plugins.grid import Grid, GridGranularity, Scheme
+    from splitquant_plugins.manifest import Manifest
+    from splitquant_plugins.split_pass import ModelPass
+
+Batch = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class WeightRequest:
+    """The weight format that a user asks for; None leaves the choice to the backend.
+
+    `weights` is int2, int4 or int8.
+    """
+
+    weights: str
+    granularity: GridGranularity | None = None
+    group_size: int | None = None
+    scheme: Scheme | None = None
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """The weight format that a backend will use: a request with every gap filled."""
+
+    weights: str
+    bits: int
+    granularity: GridGranularity
+    group_size: int | None
+    scheme: Scheme
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A quantized weight: what it dequantizes to, and the bits that it takes, scales and zero points included.
+
+    `weight` has the shape of the float layer's weight.
+    """
+
+    weight: Tensor
+    bits: int
+
+
+@dataclass
+class QuantizedModel:
+    """A quantized model, ready to run.
+
+    `run` maps a batch of tokenizer outputs to logits [batch, labels]. `layers` holds, by the name of the float
+    layer, the stored weights whose sum takes its place: one, or one per part. `state_bytes` is the size of the
+    whole model as it is saved.
+    """
+
+    model: nn.Module
+    run: Callable[[Batch], Tensor]
+    layers: dict[str, list[StoredWeight]]
+    state_bytes: int
+    split_seconds: float = 0.0
+    quantize_seconds: float = 0.0
+    manifest: Manifest | None = None
+
+    @property
+    def layers_quantized(self) -> int:
+        """Layers that the backend quantized, parts counted one by one."""
+        return sum(len(parts) for parts in self.layers.values())
+
+
+@dataclass(frozen=True)
+class Support:
+    """One cell of a backend's table: what can be chosen at a weight width; the first entry is the default."""
+
+    granularities: tuple[GridGranularity, ...]
+    schemes: tuple[Scheme, ...]
+    group_sizes: tuple[int, ...] | None = None
+
+
+class Backend(ABC):
+    """One backend. Subclasses live in `adapters/`, and are registered by their plugin module.
+
+    `packages` are the distributions to be installed, `extra` the extra that installs them. `support` lists,
+    by weight width, what the backend can do; `any_group_size` whether `group_size` is free.
+    """
+
+    name: ClassVar[str]
+    extra: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]]
+    support: ClassVar[Mapping[str, Support]]
+    default_group_size: ClassVar[int | None] = None
+
+    def require(self) -> None:
+        """Raise MissingExtraError unless the backend's packages are installed."""
+        for package in self.packages:
+            try:
+                metadata.version(package)
+            except metadata.PackageNotFoundError:
+                raise MissingExtraError(
+                    f"backend {self.name} needs {package}, which is not installed: "
+                    f'pip install "splitquant-plugins[{self.extra}]"'
+                ) from None
+
+    def resolve(self, request: WeightRequest) -> WeightFormat:
+        """Fill the gaps of a request with what works best here; ConfigError for what is not supported."""
+        if request.weights not in self.support:
+            raise ConfigError(
+                f"backend {self.name} has no weights {request.weights!r}: choose from {', '.join(self.support)}"
+            )
+        support = self.support[request.weights]
+        granularity = self._choice("granularity", request.granularity, support.granularities, request.weights)
+        scheme = self._choice("scheme", request.scheme, support.schemes, request.weights)
+        group_size = request.group_size
+        if granularity != "group" and group_size is not None:
+            raise ConfigError(f"group_size={group_size} goes with granularity 'group', not {granularity!r}")
+        if granularity == "group":
+            group_size = self.default_group_size if group_size is None else group_size
+            if group_size is None:
+                raise ConfigError("granularity 'group' needs a group_size")
+            if support.group_sizes is not None and group_size not in support.group_sizes:
+                allowed = ", ".join(map(str, support.group_sizes))
+                raise ConfigError(f"backend {self.name}: group_size={group_size}; choose from {allowed}")
+        bits = int(request.weights.removeprefix("int"))
+        return WeightFormat(request.weights, bits, granularity, group_size, scheme)
+
+    def _choice(self, option: str, value: str | None, allowed: tuple, weights: str) -> object:
+        if value is None:
+            return allowed[0]
+        if value not in allowed:
+            raise ConfigError(
+                f"backend {self.name} has no {option} {value!r} at {weights}: choose from {', '.join(allowed)}"
+            )
+        return value
+
+    @abstractmethod
+    def grid(self, chosen: WeightFormat) -> Grid:
+        """Return the grid that this backend rounds weights of that format to."""
+
+    @abstractmethod
+    def quantize(
+        self,
+        model: nn.Module,
+        chosen: WeightFormat,
+        first: ModelPass | None = None,
+        batches: Iterable[Batch] = (),
+    ) -> QuantizedModel:
+        """Quantize a float model, running the pass `first` in front; the model may be changed in place.
+
+        `batches` are a few example inputs, for backends that trace the model.
+        """
+
+    @abstractmethod
+    def save(self, quantized: QuantizedModel, folder: Path) -> None:
+        """Save a quantized model as safetensors and JSON, such that `load` gives identical outputs."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> nn.Module:
+        """Load what `save` saved; the model on disk says what it is."""

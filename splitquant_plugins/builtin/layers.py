@@ -1,0 +1,107 @@
+"""The layer types that ship with the package: Linear, Conv1d/2d/3d and transformers' Conv1D."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from splitquant_plugins.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from splitquant_plugins.config import SplitConfig
+    from splitquant_plugins.modules import SplitModule
+    from splitquant_plugins.plan import Granularity, LayerPlan, Skip
+
+
+@hookimpl(trylast=True)
+def splitquant_select_layer(name: str, module: nn.Module, config: SplitConfig) -> LayerPlan | Skip | None:
+    """Select Linear and convolution layers; say why not for their parametrized or specialised kin."""
+    from torch import nn
+
+    from splitquant_plugins.plan import Granularity, LayerPlan, Skip
+
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return Skip("transposed convolutions are not supported")
+    if isinstance(module, nn.MultiheadAttention):
+        return Skip("nn.MultiheadAttention keeps its weights as parameters of its own; split an exported graph")
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return Skip("nn.MultiheadAttention applies this weight itself; split an exported graph instead")
+    is_hugging_face = _is_hugging_face_conv1d(module)
+    if not isinstance(module, (nn.Linear, *convolutions)) and not is_hugging_face:
+        return None
+    if "weight" not in module._parameters:
+        return Skip("its weight is parametrized (weight norm or the like); remove the parametrization first")
+    if "forward" in module.__dict__ or type(module).forward is not _plain_forward(module):
+        return Skip(f"{type(module).__qualname__} has a forward of its own; a plugin can add its layer type")
+    if module._forward_hooks or module._forward_pre_hooks:
+        return Skip("it has forward hooks, which would be lost; remove them first")
+    weight = module._parameters["weight"]
+    assert weight is not None  # the two guards above leave only layers that own their weight
+    if is_hugging_face:
+        return LayerPlan("conv1d_hf", weight.t(), module._parameters["bias"], _granularity(config, "tensor"))
+    bias = module._parameters["bias"]
+    if isinstance(module, nn.Linear):
+        return LayerPlan("linear", weight, bias, _granularity(config, "tensor"))
+    kind = f"conv{len(module.kernel_size)}d"
+    return LayerPlan(kind, weight, bias, _granularity(config, "channel"), groups=module.groups)
+
+
+@hookimpl(trylast=True)
+def splitquant_build_module(
+    module: nn.Module, parts: Mapping[str, Sequence[Tensor | None]], plan: LayerPlan
+) -> SplitModule | None:
+    """Build the split module of one of the kinds above."""
+    from splitquant_plugins import modules
+
+    layers = [_part(module, plan.kind, w, b) for w, b in zip(parts["weight"], parts["bias"], strict=True)]
+    if plan.kind in ("linear", "conv1d_hf"):
+        return modules.SplitLinear(layers, transposed=plan.kind == "conv1d_hf")
+    kinds = {"conv1d": modules.SplitConv1d, "conv2d": modules.SplitConv2d, "conv3d": modules.SplitConv3d}
+    return kinds[plan.kind](layers) if plan.kind in kinds else None
+
+
+def _part(module: nn.Module, kind: str, weight: Tensor | None, bias: Tensor | None) -> nn.Module:
+    import torch
+    from torch import nn
+
+    from splitquant_plugins.modules import CONV_ATTRIBUTES
+
+    assert weight is not None
+    with torch.device("meta"):  # nothing is allocated for weights that are replaced at once
+        if kind in ("linear", "conv1d_hf"):
+            part: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        else:
+            plain = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}[kind]
+            part = plain(**{name: getattr(module, name) for name in CONV_ATTRIBUTES}, bias=bias is not None)
+    part.weight = _parameter(weight)
+    if bias is not None:
+        part.bias = _parameter(bias)
+    return part.train(module.training)
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    from torch import nn
+
+    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+
+
+def _plain_forward(module: nn.Module) -> object:
+    from torch import nn
+
+    for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if isinstance(module, kind):
+            return kind.forward
+    return type(module).forward
+
+
+def _is_hugging_face_conv1d(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def _granularity(config: SplitConfig, automatic: Granularity) -> Granularity:
+    return automatic if config.granularity == "auto" else config.granularity

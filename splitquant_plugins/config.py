@@ -1,0 +1,60 @@
+"""The options of the pass, validated: an unknown or impossible one is an error that says what is allowed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from splitquant_plugins.errors import ConfigError
+
+
+class SplitConfig(BaseModel):
+    """Options of SplitQuantPass; the defaults are the paper's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    k: int = Field(3, ge=1, le=16, description="parts per layer")
+    splitter: str = Field("kmeans", description="strategy that makes the parts; see `splitquant plugins`")
+    granularity: Literal["auto", "tensor", "channel"] = Field(
+        "auto", description="what is clustered at once; auto: a Linear's tensor, a convolution's output channel"
+    )
+    include: tuple[str, ...] = Field((), description="shell patterns of layer names; empty: all layers")
+    exclude: tuple[str, ...] = Field((), description="shell patterns of layer names that stay whole")
+    split_bias: bool = Field(True, description="split the bias too; otherwise the first part keeps it")
+    activations: bool = Field(False, description="split activation layers along their features as well")
+    activation_dim: int | None = Field(
+        None, description="feature dimension of activations; None: last after a Linear, channel after a conv"
+    )
+    fold_batchnorm: bool = Field(True, description="fold BatchNorm into the convolution before it first")
+    untie_embeddings: bool = Field(
+        False, description="split a Linear whose weight is an embedding's, which unties them"
+    )
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="for splitters that use one")
+
+
+def config_from(options: dict[str, Any]) -> SplitConfig:
+    """Validate keyword options; lists are taken for tuples, a single pattern for a tuple of one."""
+    cleaned = dict(options)
+    for key in ("include", "exclude"):
+        if isinstance(cleaned.get(key), str):
+            cleaned[key] = (cleaned[key],)
+        elif isinstance(cleaned.get(key), list):
+            cleaned[key] = tuple(cleaned[key])
+    return validated(SplitConfig, cleaned, "SplitQuantPass")
+
+
+def validated(model: type[BaseModel], options: dict[str, Any], owner: str) -> Any:
+    """Return `model(**options)`, or raise ConfigError with one readable line per wrong option."""
+    try:
+        return model(**options)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            name = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "extra_forbidden":
+                allowed = ", ".join(sorted(model.model_fields)) or "none"
+                lines.append(f"{owner} has no option {name!r}; it takes: {allowed}")
+            else:
+                lines.append(f"{owner} option {name}={problem['input']!r}: {problem['msg'].lower()}")
+        raise ConfigError("; ".join(lines)) from None

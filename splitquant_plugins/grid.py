@@ -1,0 +1,156 @@
+"""Uniform quantization: the integer grid that a backend will round a tensor to.
+
+The equations are (1) to (6) of SplitQuant (arXiv 2501.12428): with b bits, the scaling factor S maps
+[beta, alpha] onto 2^b - 1 steps, Q(x) = clamp(round(S x) + Z), and x is recovered as (Q - Z) / S. Here
+`scale` is 1/S, the width of a step, as every framework stores it.
+
+A tensor is cut into *cells*, each with a scale and a zero point of its own: the whole tensor, one cell per
+output channel (dimension 0), or runs of `group_size` values along the inputs of a channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+import torch
+
+from splitquant_plugins.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+Scheme = Literal["affine", "symmetric"]
+GridGranularity = Literal["tensor", "channel", "group"]
+SymmetricScale = Literal["restricted", "full"]
+
+
+@runtime_checkable
+class Grid(Protocol):
+    """What a splitter needs to know of the grid that its parts will be rounded to."""
+
+    @property
+    def bits(self) -> int:
+        """Bits per stored code."""
+
+    @property
+    def scheme(self) -> Scheme:
+        """`affine` (scale and integer zero point) or `symmetric` (scale only)."""
+
+    @property
+    def granularity(self) -> GridGranularity:
+        """What shares a scale: the tensor, an output channel, or a group of inputs of a channel."""
+
+    @property
+    def group_size(self) -> int | None:
+        """Values per group where `granularity` is `group`."""
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Lowest and highest code that the backend stores."""
+
+    def cells(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Cut a tensor into 2-D views [cells, values]; a second one holds the shorter last groups."""
+
+    def from_cells(self, cells: Sequence[Tensor], shape: torch.Size) -> Tensor:
+        """Put what `cells` cut back together."""
+
+    def qparams(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point that the backend chooses for 2-D `cells`, each of shape [cells, 1]."""
+
+    def quantize_dequantize(self, tensor: Tensor) -> Tensor:
+        """Round a tensor as the backend will, bit for bit."""
+
+    def stored_bits(self, shape: torch.Size) -> int:
+        """Bits that a tensor of this shape takes in packed form, scales and zero points included."""
+
+
+@dataclass(frozen=True)
+class UniformGrid:
+    """The common linear grid: min-max range that includes 0, integer zero point, round half to even.
+
+    `symmetric_scale`: `restricted` is max|x| / (2^(b-1) - 1) with codes ±(2^(b-1) - 1), as NPUs have it;
+    `full` is 2 max|x| / (2^b - 1) with codes -2^(b-1) to 2^(b-1) - 1, as torchao's PT2E observers have it
+    (its largest positive values are clipped, and it is not idempotent).
+    """
+
+    bits: int
+    scheme: Scheme = "affine"
+    granularity: GridGranularity = "channel"
+    group_size: int | None = None
+    symmetric_scale: SymmetricScale = "restricted"
+    scale_bits: int = 32
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ConfigError(f"bits={self.bits}: a grid has 2 to 8 bits")
+        if self.scheme not in ("affine", "symmetric"):
+            raise ConfigError(f"scheme={self.scheme!r}: choose affine or symmetric")
+        if self.granularity not in ("tensor", "channel", "group"):
+            raise ConfigError(f"granularity={self.granularity!r}: choose tensor, channel or group")
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ConfigError("group_size goes with granularity='group', and is needed there")
+        if self.group_size is not None and self.group_size < 1:
+            raise ConfigError(f"group_size={self.group_size}: a group has at least one value")
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Lowest and highest code."""
+        high = 2 ** (self.bits - 1) - 1
+        restricted = self.scheme == "symmetric" and self.symmetric_scale == "restricted"
+        return (-high if restricted else -high - 1), high
+
+    def cells(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Cut a tensor into 2-D views [cells, values]; a second one holds the shorter last groups."""
+        if self.granularity == "tensor" or tensor.ndim < 2:
+            return (tensor.reshape(1, -1),)
+        rows = tensor.reshape(tensor.shape[0], -1)
+        if self.group_size is None:
+            return (rows,)
+        whole = rows.shape[1] // self.group_size * self.group_size
+        grouped = rows[:, :whole].reshape(-1, self.group_size)
+        return (grouped,) if whole == rows.shape[1] else (grouped, rows[:, whole:])
+
+    def from_cells(self, cells: Sequence[Tensor], shape: torch.Size) -> Tensor:
+        """Put what `cells` cut back together."""
+        if len(cells) == 1:
+            return cells[0].reshape(shape)
+        return torch.cat([part.reshape(shape[0], -1) for part in cells], dim=1).reshape(shape)
+
+    def qparams(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of 2-D `cells`, each of shape [cells, 1]; an all-zero cell has scale 1."""
+        qmin, qmax = self.code_range
+        low = cells.amin(dim=1, keepdim=True).clamp(max=0)
+        high = cells.amax(dim=1, keepdim=True).clamp(min=0)
+        if self.scheme == "affine":
+            scale = (high - low) / (qmax - qmin)
+        elif self.symmetric_scale == "restricted":
+            scale = torch.maximum(-low, high) / qmax
+        else:
+            scale = torch.maximum(-low, high) / ((qmax - qmin) / 2)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        if self.scheme == "symmetric":
+            return scale, torch.zeros_like(scale)
+        return scale, (qmin - torch.round(low / scale)).clamp(qmin, qmax)
+
+    def quantize(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes (as floats) of 2-D `cells`, with their scale and zero point."""
+        scale, zero_point = self.qparams(cells)
+        qmin, qmax = self.code_range
+        return (torch.round(cells / scale) + zero_point).clamp(qmin, qmax), scale, zero_point
+
+    def quantize_dequantize(self, tensor: Tensor) -> Tensor:
+        """Round a tensor to the grid that it would get by itself."""
+        rounded = []
+        for cells in self.cells(tensor):
+            codes, scale, zero_point = self.quantize(cells)
+            rounded.append((codes - zero_point) * scale)
+        return self.from_cells(rounded, tensor.shape)
+
+    def stored_bits(self, shape: torch.Size) -> int:
+        """Bits that a tensor of this shape takes in packed form, scales and zero points included."""
+        number = sum(part.shape[0] for part in self.cells(torch.empty(shape, device="meta")))
+        zero_point_bits = self.bits if self.scheme == "affine" else 0
+        return shape.numel() * self.bits + number * (self.scale_bits + zero_point_bits)

@@ -1,0 +1,120 @@
+"""The record of what was split, how and at what cost; enough to rebuild the split skeleton."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from splitquant_plugins.config import SplitConfig
+from splitquant_plugins.errors import AlreadySplitError, InputError, SkeletonMismatchError
+from splitquant_plugins.files import write_text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+    from splitquant_plugins.plugins import Plugins
+
+FORMAT = 1
+FILE_NAME = "splitquant_manifest.json"
+ATTRIBUTE = "splitquant_manifest"
+
+
+class LayerRecord(BaseModel):
+    """One layer: split into `parts`, or left whole for `reason`.
+
+    `shape` is the weight's with output channels first. `bias_parts` names the parts that hold a bias.
+    `also_known_as` are further names that a shared module is reached by; `shared_with` names the layer whose
+    parts this one shares because their weights were tied.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    kind: str
+    action: Literal["split", "kept"]
+    reason: str | None = None
+    also_known_as: tuple[str, ...] = ()
+    shared_with: str | None = None
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    granularity: str = ""
+    splitter: str = ""
+    k: int = Field(1, ge=1)
+    parts: tuple[str, ...] = ()
+    bias_parts: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+class Manifest(BaseModel):
+    """What a pass did to a model. Saved as JSON beside the weights."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    version: str = ""
+    config: SplitConfig
+    splitter_options: dict[str, object] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
+    layers: list[LayerRecord] = Field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def split(self) -> list[LayerRecord]:
+        """The layers that were split."""
+        return [record for record in self.layers if record.action == "split"]
+
+    @property
+    def kept(self) -> list[LayerRecord]:
+        """The layers that were left whole, each with a reason."""
+        return [record for record in self.layers if record.action == "kept"]
+
+    def save(self, folder: Path) -> Path:
+        """Write the manifest into a folder, at once or not at all."""
+        path = folder / FILE_NAME
+        write_text(path, self.model_dump_json(indent=1))
+        return path
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read the manifest of a saved model; a damaged file is an InputError."""
+        path = folder / FILE_NAME
+        if not path.is_file():
+            raise InputError(f"{folder} holds no {FILE_NAME}: it is not a model saved by splitquant")
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(str(part) for part in problem["loc"])
+            raise InputError(f"{path} is damaged or of another version: {where} {problem['msg']}") from None
+
+
+def manifest_of(model: nn.Module) -> Manifest:
+    """Return the manifest of a split model; SkeletonMismatchError where the model was not split."""
+    manifest = getattr(model, ATTRIBUTE, None)
+    if not isinstance(manifest, Manifest):
+        raise SkeletonMismatchError(f"{type(model).__name__} was not split: it carries no manifest")
+    return manifest
+
+
+def set_manifest(model: nn.Module, manifest: Manifest) -> None:
+    """Attach the manifest to the model that it describes."""
+    setattr(model, ATTRIBUTE, manifest)
+
+
+def apply_manifest(model: nn.Module, manifest: Manifest, plugins: Plugins | None = None) -> nn.Module:
+    """Rebuild the split skeleton in a freshly made, unsplit model, with empty parts to be loaded into.
+
+    Raises SkeletonMismatchError where a layer is missing or has another shape, AlreadySplitError where the
+    model was split before.
+    """
+    from splitquant_plugins.plugins import Plugins
+    from splitquant_plugins.skeleton import rebuild
+
+    if getattr(model, ATTRIBUTE, None) is not None:
+        raise AlreadySplitError("the model was split before; rebuild the skeleton in a fresh one")
+    model = rebuild(model, manifest, plugins or Plugins.load())
+    set_manifest(model, manifest)
+    return model

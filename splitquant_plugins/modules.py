@@ -1,0 +1,188 @@
+"""The modules that take a layer's place: k parts in parallel, summed, or k chunks of an activation.
+
+Parts are named children and real `nn.Linear` or `nn.Conv*d`, so that every backend finds them. They are not
+in a ModuleList, which some backends take for a stack of transformer blocks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+PartReplaced = Callable[["SplitModule", str, nn.Module], None]
+
+
+def part_names(k: int) -> tuple[str, ...]:
+    """Names of k parts in order of their values: lower, middle, upper for k = 3."""
+    if k == 1:
+        return ("whole",)
+    middle = ("middle",) if k == 3 else tuple(f"middle_{number}" for number in range(1, k - 1))
+    return ("lower", *middle, "upper")
+
+
+class SplitModule(nn.Module):
+    """Base of the split layers: the sum of its parts.
+
+    `weight` and `bias` answer the sum of what the parts hold now (dequantized where a backend has quantized
+    them), because parents read a child's dtype, device or values. Assigning to them is an error.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.part_names = part_names(len(parts))
+        for name, part in zip(self.part_names, parts, strict=True):
+            self.add_module(name, part)
+        self._part_replaced: PartReplaced | None = None
+
+    def parts(self) -> list[nn.Module]:
+        """The parts in order."""
+        return [cast(nn.Module, self._modules[name]) for name in self.part_names]
+
+    def notify(self, part_replaced: PartReplaced | None) -> None:
+        """Call `part_replaced(self, name, module)` whenever a backend replaces a part."""
+        self._part_replaced = part_replaced
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if (
+            isinstance(value, nn.Module)
+            and name in self.__dict__.get("part_names", ())
+            and self.__dict__.get("_part_replaced") is not None
+        ):
+            self.__dict__["_part_replaced"](self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_part_replaced": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SplitModule:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        nn.Module.__init__(twin)
+        for key, value in self.__dict__.items():
+            # Plugins are shared by copies of a model, not copied with it.
+            twin.__dict__[key] = value if key == "_part_replaced" else copy.deepcopy(value, memo)
+        return twin
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight: the sum of the parts' weights."""
+        return self._dense_sum([dense_weight(part) for part in self.parts()])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias: the sum of those parts' biases that have one."""
+        biases = [part.bias for part in self.parts() if getattr(part, "bias", None) is not None]
+        return self._dense_sum(cast("list[Tensor]", biases)) if biases else None
+
+    def _dense_sum(self, tensors: list[Tensor]) -> Tensor:
+        return sum_parts(tensors)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Sum what the parts make of the input."""
+        first, *rest = self.parts()
+        output = first(input)
+        for part in rest:
+            output = output + part(input)
+        return cast(Tensor, output)
+
+
+def sum_parts(parts: Sequence[Tensor]) -> Tensor:
+    """Sum tensors of one shape in order, in their own dtype."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """Return the weight of a part as a plain tensor, whatever a backend has made of it."""
+    if hasattr(module, "recover"):  # INC keeps packed integers and rebuilds the weight
+        return cast(Tensor, module.recover())
+    weight = cast(Tensor, module.weight)
+    return weight.dequantize() if is_tensor_subclass(weight) else weight
+
+
+def is_tensor_subclass(tensor: Tensor) -> bool:
+    """Whether a tensor is more than a plain tensor or parameter, as backends' quantized ones are."""
+    data = tensor.data if isinstance(tensor, nn.Parameter) else tensor
+    return type(data) is not Tensor and hasattr(data, "dequantize")
+
+
+class SplitLinear(SplitModule):
+    """A Linear as the sum of k parts. `transposed` marks a layer whose weight is stored [in, out]."""
+
+    def __init__(self, parts: Sequence[nn.Module], *, transposed: bool = False) -> None:
+        super().__init__(parts)
+        self.in_features = parts[0].in_features
+        self.out_features = parts[0].out_features
+        self.transposed = transposed
+        if transposed:  # the names that transformers' Conv1D has for them
+            self.nx, self.nf = self.in_features, self.out_features
+
+    def _dense_sum(self, tensors: list[Tensor]) -> Tensor:
+        total = sum_parts(tensors)
+        return total.t() if self.transposed and total.ndim == 2 else total
+
+
+class _SplitConv(SplitModule):
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__(parts)
+        for name in CONV_ATTRIBUTES:
+            setattr(self, name, getattr(parts[0], name))
+
+
+CONV_ATTRIBUTES = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+)
+
+
+class SplitConv1d(_SplitConv):
+    """A Conv1d as the sum of k parts."""
+
+
+class SplitConv2d(_SplitConv):
+    """A Conv2d as the sum of k parts."""
+
+
+class SplitConv3d(_SplitConv):
+    """A Conv3d as the sum of k parts."""
+
+
+class SplitActivation(nn.Module):
+    """An elementwise activation as k of them, each on its own chunk of the features, concatenated.
+
+    A feature dimension of n is cut into k chunks of n/k; where k does not divide n, the first chunks are one
+    longer. Every chunk can then be given a scale of its own.
+    """
+
+    def __init__(self, activation: nn.Module, k: int, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.chunk_names = tuple(f"chunk_{number}" for number in range(k))
+        self.inplace = bool(getattr(activation, "inplace", False))
+        for name in self.chunk_names:
+            chunk = copy.deepcopy(activation)
+            if self.inplace:
+                chunk.inplace = False  # autograd forbids writing into one of several views
+            self.add_module(name, chunk)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply each activation to its chunk."""
+        chunks = torch.tensor_split(input, len(self.chunk_names), dim=self.dim)
+        outputs = [
+            cast(nn.Module, self._modules[name])(chunk)
+            for name, chunk in zip(self.chunk_names, chunks, strict=True)
+        ]
+        output = torch.cat(outputs, dim=self.dim)
+        return input.copy_(output) if self.inplace else output

@@ -1,0 +1,54 @@
+"""What the stages of the pass hand to each other: the plan of a layer and of each of its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from splitquant_plugins.splitters.base import SplitterOptions
+
+Granularity = Literal["tensor", "channel"]
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """How one tensor is to be split.
+
+    `granularity` is that of the clustering: over all values, or once per index of dimension 0, which for
+    every layer type holds the output channels. `second_moment`, where calibration data were given, is the
+    mean of x xᵀ over the inputs x of the layer, shape [groups, d, d] with d = tensor[0].numel().
+    """
+
+    layer: str
+    role: Literal["weight", "bias"]
+    k: int
+    splitter: str
+    granularity: Granularity
+    options: SplitterOptions
+    seed: int = 0
+    second_moment: Tensor | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A layer that is to be split, as `splitquant_select_layer` answers it.
+
+    `kind` names the layer type and comes back in `splitquant_build_module`. `weight` has the output channels
+    in dimension 0, `bias` has shape [out] or is None; both may be views of what the layer stores.
+    """
+
+    kind: str
+    weight: Tensor = field(repr=False)
+    bias: Tensor | None = field(repr=False)
+    granularity: Granularity = "tensor"
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A layer that stays whole, and why; the reason goes into the manifest."""
+
+    reason: str

@@ -1,0 +1,280 @@
+"""Loading, listing and blocking plugins, and a typed face over the hook calls.
+
+Entry points are loaded one by one, so that a broken plugin is named, skipped and listed and takes nothing
+else with it. `SPLITQUANT_BLOCK_PLUGINS=name,name` blocks entry points, `SPLITQUANT_STRICT=1` turns a broken
+plugin into an error.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pluggy
+
+from splitquant_plugins import hookspecs
+from splitquant_plugins.errors import ConfigError, PluginError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from splitquant_plugins.backends import Backend
+    from splitquant_plugins.config import SplitConfig
+    from splitquant_plugins.grid import Grid
+    from splitquant_plugins.manifest import LayerRecord, Manifest
+    from splitquant_plugins.modules import SplitModule
+    from splitquant_plugins.plan import LayerPlan, Skip, TensorPlan
+    from splitquant_plugins.split_pass import ModelPass
+    from splitquant_plugins.splitters.base import Splitter
+
+BUILTIN_PLUGINS = (
+    "splitquant_plugins.builtin.splitters",
+    "splitquant_plugins.builtin.layers",
+    "splitquant_plugins.builtin.activations",
+    "splitquant_plugins.builtin.batchnorm",
+)
+BLOCK_VARIABLE = "SPLITQUANT_BLOCK_PLUGINS"
+STRICT_VARIABLE = "SPLITQUANT_STRICT"
+
+
+class RegisterSplitter(Protocol):
+    """The callback of `splitquant_register_splitters`."""
+
+    def __call__(self, name: str, factory: str | Callable[[], Splitter], summary: str) -> None: ...
+
+
+class RegisterBackend(Protocol):
+    """The callback of `splitquant_register_backends`."""
+
+    def __call__(self, name: str, factory: str | Callable[[], Backend], summary: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """One line of `splitquant plugins`: a loaded plugin, or a broken one with the reason."""
+
+    name: str
+    source: str
+    version: str
+    hooks: tuple[str, ...] = ()
+    error: str | None = None
+    details: str | None = None
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A named factory that a plugin registered."""
+
+    name: str
+    factory: str | Callable[[], Any]
+    summary: str
+    plugin: str
+
+    def create(self) -> Any:
+        """Import and call the factory."""
+        if not isinstance(self.factory, str):
+            return self.factory()
+        module, _, attribute = self.factory.partition(":")
+        try:
+            return getattr(import_module(module), attribute)()
+        except (ImportError, AttributeError) as error:
+            raise PluginError(
+                f"plugin {self.plugin!r} registered {self.name!r} as {self.factory!r}, "
+                f"which cannot be loaded: {error}"
+            ) from error
+
+
+class Plugins:
+    """The plugins of one pass; built by `Plugins.load`."""
+
+    def __init__(self) -> None:
+        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self.infos: list[PluginInfo] = []
+        self.splitters: dict[str, Registered] = {}
+        self.backends: dict[str, Registered] = {}
+
+    @classmethod
+    def load(cls, environment: Mapping[str, str] | None = None) -> Plugins:
+        """Load the built-in plugins and those named by entry points of the group `splitquant`."""
+        environment = os.environ if environment is None else environment
+        plugins = cls()
+        version = _own_version()
+        for name in BUILTIN_PLUGINS:
+            plugins.add(import_module(name), name.rpartition(".")[2], "built in", version)
+        plugins.add(_SplitterDispatch(plugins), "splitter dispatch", "built in", version)
+        blocked = {name.strip() for name in environment.get(BLOCK_VARIABLE, "").split(",")}
+        for entry in sorted(metadata.entry_points(group=hookspecs.PROJECT), key=lambda e: e.name):
+            if entry.name not in blocked:
+                plugins._add_entry_point(entry, strict=environment.get(STRICT_VARIABLE, "") not in ("", "0"))
+        return plugins
+
+    def _add_entry_point(self, entry: metadata.EntryPoint, *, strict: bool) -> None:
+        source = entry.dist.name if entry.dist else entry.value
+        version = entry.dist.version if entry.dist else "unknown"
+        try:
+            self.add(entry.load(), entry.name, source, version)
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            if strict:
+                raise PluginError(f"plugin {entry.name!r} of {source} is broken: {message}") from error
+            details = traceback.format_exc()
+            self.infos.append(PluginInfo(entry.name, source, version, error=message, details=details))
+            warnings.warn(
+                f"splitquant skips the broken plugin {entry.name!r} of {source} ({message}); "
+                f"block it with {BLOCK_VARIABLE}={entry.name}",
+                stacklevel=4,
+            )
+
+    def add(self, plugin: Any, name: str, source: str = "added in code", version: str = "unknown") -> None:
+        """Register one plugin; an unknown hook or a name already taken is a PluginError, and undone."""
+        splitters, backends = dict(self.splitters), dict(self.backends)
+        try:
+            self._manager.register(plugin, name)
+            callers = self._manager.get_hookcallers(plugin) or []
+            unknown = [caller.name for caller in callers if not caller.has_spec()]
+            if unknown:
+                raise PluginError(f"unknown hook {', '.join(unknown)}; see splitquant_plugins.hookspecs")
+            others = [other for other in self._manager.get_plugins() if other is not plugin]
+            for kind, table in (("splitters", self.splitters), ("backends", self.backends)):
+                call = self._manager.subset_hook_caller(f"splitquant_register_{kind}", others)
+                call(register=_Register(name, table))
+        except Exception:
+            self.splitters, self.backends = splitters, backends
+            if self._manager.is_registered(plugin):
+                self._manager.unregister(plugin)
+            raise
+        hooks = tuple(caller.name for caller in callers)
+        self.infos.append(PluginInfo(name, source, version, hooks))
+
+    @property
+    def broken(self) -> list[PluginInfo]:
+        """The plugins that could not be loaded."""
+        return [info for info in self.infos if info.error]
+
+    def splitter(self, name: str) -> Splitter:
+        """Return the splitter of that name, or raise ConfigError with the names there are."""
+        from splitquant_plugins.splitters.base import Splitter
+
+        return self._create(self.splitters, "splitter", name, Splitter)
+
+    def backend(self, name: str) -> Backend:
+        """Return the backend of that name, or raise ConfigError with the names there are."""
+        from splitquant_plugins.backends import Backend
+
+        return self._create(self.backends, "backend", name, Backend)
+
+    def _create(self, table: Mapping[str, Registered], what: str, name: str, kind: type) -> Any:
+        if name not in table:
+            for info in self.broken:
+                if name in (info.name, info.source):
+                    raise PluginError(f"{what} {name!r}: its plugin is broken: {info.error}")
+            broken = "".join(f"; plugin {i.name!r} is broken: {i.error}" for i in self.broken)
+            raise ConfigError(f"unknown {what} {name!r}: choose from {', '.join(sorted(table))}{broken}")
+        created = table[name].create()
+        if not isinstance(created, kind):
+            raise PluginError(
+                f"plugin {table[name].plugin!r}: its {what} {name!r} is a {type(created).__name__}, "
+                f"not a {kind.__name__}"
+            )
+        return created
+
+    def prepare_model(self, model: nn.Module, config: SplitConfig) -> list[str]:
+        """Run the preparation steps in the order of registration; return their notes."""
+        answers = self._manager.hook.splitquant_prepare_model(model=model, config=config)
+        return [note for answer in reversed(answers) for note in answer]
+
+    def select_layer(self, name: str, module: nn.Module, config: SplitConfig) -> LayerPlan | Skip | None:
+        """Ask how to split a layer."""
+        from splitquant_plugins.plan import LayerPlan, Skip
+
+        answer = self._manager.hook.splitquant_select_layer(name=name, module=module, config=config)
+        return _checked("splitquant_select_layer", answer, (LayerPlan, Skip, type(None)))
+
+    def split_tensor(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> list[Tensor]:
+        """Ask for the parts of a tensor; raises CannotSplit where it should stay whole."""
+        import torch
+
+        answer = self._manager.hook.splitquant_split_tensor(tensor=tensor, plan=plan, grid=grid)
+        parts = list(_checked("splitquant_split_tensor", answer, (list, tuple)))
+        for part in parts:
+            _checked("splitquant_split_tensor", part, (torch.Tensor,))
+        return parts
+
+    def build_module(
+        self, module: nn.Module, parts: Mapping[str, Sequence[Tensor | None]], plan: LayerPlan
+    ) -> SplitModule:
+        """Ask for the split module that takes the layer's place."""
+        from splitquant_plugins.modules import SplitModule
+
+        answer = self._manager.hook.splitquant_build_module(module=module, parts=parts, plan=plan)
+        if answer is None:
+            raise PluginError(f"no plugin builds a split module of kind {plan.kind!r}")
+        return _checked("splitquant_build_module", answer, (SplitModule,))
+
+    def attach(self, split_pass: ModelPass, recipe: Any) -> Any:
+        """Answer `pass + recipe`."""
+        answer = self._manager.hook.splitquant_attach(split_pass=split_pass, recipe=recipe)
+        if answer is None:
+            broken = "".join(f"; plugin {i.name!r} is broken: {i.error}" for i in self.broken)
+            raise ConfigError(
+                f"no plugin knows how to attach to a {type(recipe).__module__}.{type(recipe).__qualname__}; "
+                f"backends: {', '.join(sorted(self.backends)) or 'none'}{broken}"
+            )
+        return answer
+
+    def part_replaced(self, split: SplitModule, part: str, module: nn.Module) -> None:
+        """Tell that a backend replaced a part."""
+        self._manager.hook.splitquant_part_replaced(split=split, part=part, module=module)
+
+    def after_layer(self, record: LayerRecord) -> None:
+        """Tell that a layer is done."""
+        self._manager.hook.splitquant_after_layer(record=record)
+
+    def after_split(self, model: nn.Module, manifest: Manifest) -> None:
+        """Tell that the model is done."""
+        self._manager.hook.splitquant_after_split(model=model, manifest=manifest)
+
+
+class _Register:
+    """The callback that a plugin's registration hook is given."""
+
+    def __init__(self, plugin: str, table: dict[str, Registered]) -> None:
+        self._plugin = plugin
+        self._table = table
+
+    def __call__(self, name: str, factory: str | Callable[[], Any], summary: str) -> None:
+        if name in self._table:
+            owner = self._table[name].plugin
+            raise PluginError(f"{name!r} is already registered by plugin {owner!r}; choose another name")
+        self._table[name] = Registered(name, factory, summary, self._plugin)
+
+
+class _SplitterDispatch:
+    """The built-in answer to `splitquant_split_tensor`: the splitter that the plan names."""
+
+    def __init__(self, plugins: Plugins) -> None:
+        self._plugins = plugins
+
+    @hookspecs.hookimpl(trylast=True)
+    def splitquant_split_tensor(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> Sequence[Tensor]:
+        return self._plugins.splitter(plan.splitter).split(tensor, plan, grid)
+
+
+def _checked(hook: str, answer: Any, kinds: tuple[type, ...]) -> Any:
+    if not isinstance(answer, kinds):
+        allowed = " or ".join(kind.__name__ for kind in kinds)
+        raise PluginError(f"a plugin answered {hook} with a {type(answer).__name__}; it takes {allowed}")
+    return answer
+
+
+def _own_version() -> str:
+    try:
+        return metadata.version("splitquant-plugins")
+    except metadata.PackageNotFoundError:
+        return "not installed"

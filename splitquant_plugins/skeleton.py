@@ -1,0 +1,79 @@
+"""Rebuilding the split skeleton of a saved model from its manifest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from splitquant_plugins.errors import SkeletonMismatchError
+from splitquant_plugins.modules import SplitModule, part_names
+from splitquant_plugins.plan import LayerPlan
+from splitquant_plugins.surgery import replace_module
+
+if TYPE_CHECKING:
+    from splitquant_plugins.manifest import LayerRecord, Manifest
+    from splitquant_plugins.plugins import Plugins
+
+
+def rebuild(model: nn.Module, manifest: Manifest, plugins: Plugins) -> nn.Module:
+    """Replace every layer that the manifest says was split by a split module with empty parts.
+
+    The steps that prepared the model (BatchNorm folding, activations) are repeated first. Every layer is
+    checked before the first is replaced.
+    """
+    plugins.prepare_model(model, manifest.config)
+    layers = [(record, *_find(model, record, manifest, plugins)) for record in manifest.split]
+    built: dict[str, SplitModule] = {}
+    for record, module, plan in layers:
+        source = built.get(record.shared_with or "")
+        split = plugins.build_module(module, _empty_parts(record, plan, source), plan)
+        split.train(module.training)
+        split.notify(plugins.part_replaced)
+        built[record.name] = split
+        for name in (record.name, *record.also_known_as):
+            if name:
+                replace_module(model, name, split)
+            else:
+                model = split
+    return model
+
+
+def _find(
+    model: nn.Module, record: LayerRecord, manifest: Manifest, plugins: Plugins
+) -> tuple[nn.Module, LayerPlan]:
+    try:
+        module = model.get_submodule(record.name)
+    except AttributeError:
+        raise SkeletonMismatchError(
+            f"the saved model has a layer {record.name}, and {type(model).__name__} has none of that name"
+        ) from None
+    plan = plugins.select_layer(record.name, module, manifest.config)
+    if not isinstance(plan, LayerPlan) or plan.kind != record.kind:
+        raise SkeletonMismatchError(
+            f"{record.name} was a {record.kind} when it was split, and is a {type(module).__name__} here"
+        )
+    if tuple(plan.weight.shape) != record.shape:
+        raise SkeletonMismatchError(
+            f"{record.name} had shape {record.shape} when it was split, and has {tuple(plan.weight.shape)} here"
+        )
+    if record.parts != part_names(record.k) or not set(record.bias_parts) <= set(record.parts):
+        raise SkeletonMismatchError(f"{record.name}: parts {record.parts} are not those of k = {record.k}")
+    if bool(record.bias_parts) != (plan.bias is not None):
+        raise SkeletonMismatchError(f"{record.name} has a bias in only one of the saved model and this one")
+    return module, plan
+
+
+def _empty_parts(
+    record: LayerRecord, plan: LayerPlan, source: SplitModule | None
+) -> dict[str, list[torch.Tensor | None]]:
+    def empty(like: torch.Tensor) -> torch.Tensor:
+        dtype = getattr(torch, record.dtype, like.dtype)
+        return nn.Parameter(torch.empty(like.shape, dtype=dtype, device=like.device), requires_grad=False)
+
+    weights = [empty(plan.weight) for _ in record.parts]
+    if source is not None:
+        weights = [part.weight for part in source.parts()]
+    biases = [empty(plan.bias) if plan.bias is not None and name in record.bias_parts else None for name in record.parts]
+    return {"weight": list(weights), "bias": biases}

@@ -1,0 +1,42 @@
+"""What a splitter is: one tensor in, parts that sum to it out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from splitquant_plugins.grid import Grid
+    from splitquant_plugins.plan import TensorPlan
+
+
+class SplitterOptions(BaseModel):
+    """Options of a splitter; a splitter that takes any subclasses this."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Splitter(ABC):
+    """A strategy that turns one tensor into parts.
+
+    `needs_grid`: the splitter cannot work without the grid of the recipe it precedes.
+    `splits_bias`: it also splits biases; otherwise a bias stays in one part.
+    """
+
+    Options: ClassVar[type[SplitterOptions]] = SplitterOptions
+    needs_grid: ClassVar[bool] = False
+    splits_bias: ClassVar[bool] = False
+
+    @abstractmethod
+    def split(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> Sequence[Tensor]:
+        """Return at most `plan.k` parts of `tensor`'s shape and dtype that sum to it.
+
+        The parts are summed in order, in the tensor's own dtype. Output channels are dimension 0.
+        Raises CannotSplit with a reason where the tensor should stay whole.
+        """

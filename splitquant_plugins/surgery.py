@@ -1,0 +1,30 @@
+"""Finding and replacing modules in a model, shared ones in all their places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+
+def occurrences(model: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """Each module once, with all the dotted names it is reached by, in order of registration."""
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        modules[id(module)] = module
+        names.setdefault(id(module), []).append(name)
+    return [(module, names[key]) for key, module in modules.items()]
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of a dotted name; the root itself cannot be replaced."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """Yield the modules above a dotted name, nearest first."""
+    while name:
+        name, _, _ = name.rpartition(".")
+        yield model.get_submodule(name)
