@@ -17,7 +17,8 @@ class SplitConfig(BaseModel):
     k: int = Field(3, ge=1, le=16, description="parts per layer")
     splitter: str = Field("kmeans", description="strategy that makes the parts; see `splitquant plugins`")
     granularity: Literal["auto", "tensor", "channel"] = Field(
-        "auto", description="what is clustered at once; auto: a Linear's tensor, a convolution's output channel"
+        "auto",
+        description="what is clustered at once; auto: a Linear's tensor, a convolution's output channel",
     )
     include: tuple[str, ...] = Field((), description="shell patterns of layer names; empty: all layers")
     exclude: tuple[str, ...] = Field((), description="shell patterns of layer names that stay whole")

@@ -262,7 +262,9 @@ class _SplitterDispatch:
         self._plugins = plugins
 
     @hookspecs.hookimpl(trylast=True)
-    def splitquant_split_tensor(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> Sequence[Tensor]:
+    def splitquant_split_tensor(
+        self, tensor: Tensor, plan: TensorPlan, grid: Grid | None
+    ) -> Sequence[Tensor]:
         return self._plugins.splitter(plan.splitter).split(tensor, plan, grid)
 
 

@@ -99,7 +99,9 @@ def _reason(
     if not config.untie_embeddings:
         for parameter in module.parameters(recurse=False):
             if id(parameter) in embeddings:
-                return f"its weight is that of embedding {embeddings[id(parameter)]}; untie_embeddings splits it"
+                return (
+                    f"its weight is that of embedding {embeddings[id(parameter)]}; untie_embeddings splits it"
+                )
     return None
 
 

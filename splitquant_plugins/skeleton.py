@@ -75,5 +75,8 @@ def _empty_parts(
     weights = [empty(plan.weight) for _ in record.parts]
     if source is not None:
         weights = [part.weight for part in source.parts()]
-    biases = [empty(plan.bias) if plan.bias is not None and name in record.bias_parts else None for name in record.parts]
+    biases = [
+        empty(plan.bias) if plan.bias is not None and name in record.bias_parts else None
+        for name in record.parts
+    ]
     return {"weight": list(weights), "bias": biases}

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import time
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from joblib import Parallel, delayed
 from torch import Tensor, nn
 
-from splitquant_plugins.check import check_parts, refuse_unfit_model, refuse_unfit_weights
+from splitquant_plugins.check import refuse_unfit_model, refuse_unfit_weights
 from splitquant_plugins.config import SplitConfig, config_from, validated
-from splitquant_plugins.errors import CannotSplit, ConfigError, SplitFailedError
+from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.manifest import LayerRecord, Manifest, set_manifest
-from splitquant_plugins.plan import TensorPlan
+from splitquant_plugins.plan import LayerPlan, TensorPlan
 from splitquant_plugins.plugins import Plugins, _own_version
 from splitquant_plugins.progress import track
-from splitquant_plugins.selection import KeptLayer, Layer, select_layers
+from splitquant_plugins.modules import part_names
+from splitquant_plugins.selection import Layer, select_layers
 from splitquant_plugins.surgery import replace_module
+from splitquant_plugins.tensors import LayerSplitter, SplitTensors
 
 if TYPE_CHECKING:
     from splitquant_plugins.grid import Grid
@@ -90,7 +90,9 @@ class SplitQuantPass(ModelPass):
         **options: Any,
     ) -> None:
         if isinstance(jobs, bool) or not isinstance(jobs, int) or (jobs < 1 and jobs != -1):
-            raise ConfigError(f"jobs={jobs!r}: give the number of layers to work on at once, or -1 for all cores")
+            raise ConfigError(
+                f"jobs={jobs!r}: give the number of layers to work on at once, or -1 for all cores"
+            )
         self.plugins = plugins or Plugins.load()
         own = {key: value for key, value in options.items() if key in SplitConfig.model_fields}
         self.config = config_from(own)
@@ -100,7 +102,9 @@ class SplitQuantPass(ModelPass):
         rest = {key: value for key, value in options.items() if key not in own}
         unknown = set(rest) - set(self._splitter.Options.model_fields)
         if unknown:
-            allowed = sorted([*SplitConfig.model_fields, *self._splitter.Options.model_fields, "jobs", "progress"])
+            allowed = sorted(
+                [*SplitConfig.model_fields, *self._splitter.Options.model_fields, "jobs", "progress"]
+            )
             raise ConfigError(
                 f"SplitQuantPass with splitter {self.config.splitter!r} has no option "
                 f"{', '.join(map(repr, sorted(unknown)))}; it takes: {', '.join(allowed)}"
@@ -135,7 +139,7 @@ class SplitQuantPass(ModelPass):
             notes=notes,
         )
         for kept in selection.kept:
-            self._record(manifest, _kept_record(kept.names, kept.reason, kept.module))
+            self._record(manifest, kept_record(kept.names, kept.reason, type(kept.module).__name__))
         replaced: list[Layer] = []
         try:
             for layer, parts, record in self._split_layers(selection.split, grid):
@@ -169,157 +173,85 @@ class SplitQuantPass(ModelPass):
         self, layers: Sequence[Layer], grid: Grid | GridRule | None
     ) -> Iterator[tuple[Layer, dict[str, list[Tensor | None]], LayerRecord]]:
         """Split the layers' tensors, several at once, in order; layers with tied weights share their parts."""
-        tasks = _SplitTasks(self.plugins)
+        splitter = LayerSplitter(self.plugins)
         firsts: dict[int, Layer] = {}
         for layer in layers:
             firsts.setdefault(id(layer.module._parameters["weight"]), layer)
-        calls = (
-            delayed(tasks)(layer.plan.weight.detach(), _detached(layer.plan.bias), *self._plans(layer, grid))
-            for layer in firsts.values()
-        )
+        calls = (delayed(splitter)(*self._task(layer.name, layer.plan, grid)) for layer in firsts.values())
         # Threads share the weights; a joblib backend that the caller configured takes precedence.
         results = iter(Parallel(n_jobs=self.jobs, prefer="threads", return_as="generator")(calls))
         done: dict[int, tuple[Layer, SplitTensors]] = {}
         for layer in track(layers, "splitting layers", enabled=self.progress):
             key = id(layer.module._parameters["weight"])
             if key not in done:
-                done[key] = (layer, _as_parameters(next(results), layer))
+                done[key] = (layer, _as_parameters(next(results), layer.plan))
             first, tensors = done[key]
-            bias = tensors.bias if first is layer else self._tied_bias(layer, tensors)
-            yield layer, {"weight": list(tensors.weight), "bias": bias}, self._split_record(layer, first, tensors, bias)
+            bias = tensors.bias if first is layer else _whole_bias(layer.plan, tensors)
+            record = self.record(layer.names, layer.plan, replace(tensors, bias=bias))
+            if first is not layer:
+                record = record.model_copy(update={"shared_with": first.name, "seconds": 0.0})
+            yield layer, {"weight": list(tensors.weight), "bias": bias}, record
 
-    def _plans(self, layer: Layer, grid: Grid | GridRule | None) -> tuple[TensorPlan, TensorPlan, Grid | None]:
-        def plan(role: Any, granularity: Any) -> TensorPlan:
-            return TensorPlan(
-                layer=layer.name,
-                role=role,
-                k=self.config.k,
-                splitter=self.config.splitter,
-                granularity=granularity,
-                options=self.splitter_options,
-                seed=self.config.seed,
-            )
+    def split_tensors(self, name: str, plan: LayerPlan, grid: Grid | GridRule | None = None) -> SplitTensors:
+        """Split the tensors of one layer, without touching any module; for adapters that rewrite graphs."""
+        return LayerSplitter(self.plugins)(*self._task(name, plan, grid))
 
-        splits_bias = self.config.split_bias and self._splitter.splits_bias
-        chosen = grid(layer.name) if callable(grid) else grid
-        bias_plan = plan("bias", "tensor") if splits_bias else None
-        return plan("weight", layer.plan.granularity), bias_plan, chosen
-
-    def _tied_bias(self, layer: Layer, tensors: SplitTensors) -> list[Tensor | None]:
-        bias: list[Tensor | None] = [None] * len(tensors.weight)
-        bias[0] = layer.plan.bias
-        return bias
-
-    def _split_record(
-        self, layer: Layer, first: Layer, tensors: SplitTensors, bias: list[Tensor | None]
-    ) -> LayerRecord:
-        from splitquant_plugins.modules import part_names
-
-        if tensors.reason is not None:
-            return _kept_record(layer.names, tensors.reason, layer.module, layer.plan.kind)
-        names = part_names(len(tensors.weight))
-        return LayerRecord(
-            name=layer.name,
-            kind=layer.plan.kind,
-            action="split",
-            also_known_as=layer.names[1:],
-            shared_with=None if first is layer else first.name,
-            shape=tuple(layer.plan.weight.shape),
-            dtype=str(layer.plan.weight.dtype).removeprefix("torch."),
-            granularity=layer.plan.granularity,
+    def _task(
+        self, name: str, plan: LayerPlan, grid: Grid | GridRule | None
+    ) -> tuple[Tensor, Tensor | None, TensorPlan, TensorPlan | None, Grid | None]:
+        weight_plan = TensorPlan(
+            layer=name,
+            role="weight",
+            k=self.config.k,
             splitter=self.config.splitter,
-            k=len(tensors.weight),
-            parts=names,
-            bias_parts=tuple(name for name, part in zip(names, bias, strict=True) if part is not None),
-            seconds=tensors.seconds if first is layer else 0.0,
+            granularity=plan.granularity,
+            options=self.splitter_options,
+            seed=self.config.seed,
+        )
+        bias_plan = None
+        if self.config.split_bias and self._splitter.splits_bias:
+            bias_plan = replace(weight_plan, role="bias", granularity="tensor")
+        chosen = grid(name) if callable(grid) else grid
+        bias = None if plan.bias is None else plan.bias.detach()
+        return plan.weight.detach(), bias, weight_plan, bias_plan, chosen
+
+    def record(self, names: Sequence[str], plan: LayerPlan, tensors: SplitTensors) -> LayerRecord:
+        """Return the manifest's record of a layer whose tensors were split."""
+        if tensors.reason is not None:
+            return kept_record(names, tensors.reason, plan.kind)
+        parts = part_names(len(tensors.weight))
+        return LayerRecord(
+            name=names[0],
+            kind=plan.kind,
+            action="split",
+            also_known_as=tuple(names[1:]),
+            shape=tuple(plan.weight.shape),
+            dtype=str(plan.weight.dtype).removeprefix("torch."),
+            granularity=plan.granularity,
+            splitter=self.config.splitter,
+            k=len(parts),
+            parts=parts,
+            bias_parts=tuple(n for n, part in zip(parts, tensors.bias, strict=True) if part is not None),
+            seconds=tensors.seconds,
         )
 
 
-@dataclass(frozen=True)
-class SplitTensors:
-    """The parts of one layer's weight and bias, or why it stays whole."""
-
-    weight: list[Tensor]
-    bias: list[Tensor | None]
-    seconds: float
-    reason: str | None = None
+def kept_record(names: Sequence[str], reason: str, kind: str) -> LayerRecord:
+    """Return the manifest's record of a layer that stays whole."""
+    return LayerRecord(name=names[0], kind=kind, action="kept", reason=reason, also_known_as=tuple(names[1:]))
 
 
-class _SplitTasks:
-    """Splits the tensors of one layer; joblib may carry it to another process, which loads plugins anew."""
-
-    def __init__(self, plugins: Plugins) -> None:
-        self._plugins = plugins
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._plugins = Plugins.load()
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        weight_plan: TensorPlan,
-        bias_plan: TensorPlan | None,
-        grid: Grid | None,
-    ) -> SplitTensors:
-        started = time.perf_counter()
-        try:
-            weights = self._parts(weight, weight_plan, grid)
-        except CannotSplit as answer:
-            return SplitTensors([], [], time.perf_counter() - started, answer.reason)
-        except SplitFailedError as error:
-            warnings.warn(f"{error}; the layer is left whole", stacklevel=2)
-            return SplitTensors([], [], time.perf_counter() - started, f"it failed the check: {error}")
-        if len(weights) == 1:
-            return SplitTensors([], [], time.perf_counter() - started, "one part is the layer itself")
-        biases: list[Tensor | None] = [None] * len(weights)
-        if bias is not None:
-            found = self._bias_parts(bias, bias_plan, len(weights))
-            biases[: len(found)] = found
-        return SplitTensors(weights, biases, time.perf_counter() - started)
-
-    def _parts(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> list[Tensor]:
-        parts = self._plugins.split_tensor(tensor, plan, grid)
-        check_parts(f"{plan.layer}.{plan.role}", tensor, parts, plan.k)
-        return parts
-
-    def _bias_parts(self, bias: Tensor, plan: TensorPlan | None, k: int) -> list[Tensor]:
-        if plan is None:
-            return [bias]
-        try:
-            from dataclasses import replace
-
-            return self._parts(bias, replace(plan, k=k), None)
-        except CannotSplit:  # a constant bias, often all zero, stays in the first part
-            return [bias]
+def _whole_bias(plan: LayerPlan, tensors: SplitTensors) -> list[Tensor | None]:
+    return [plan.bias, *[None] * (len(tensors.weight) - 1)] if tensors.weight else []
 
 
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach()
-
-
-def _as_parameters(tensors: SplitTensors, layer: Layer) -> SplitTensors:
-    weight_grad = layer.plan.weight.requires_grad
-    bias_grad = layer.plan.bias is not None and layer.plan.bias.requires_grad
-    return SplitTensors(
-        [nn.Parameter(part, requires_grad=weight_grad) for part in tensors.weight],
-        [None if part is None else nn.Parameter(part, requires_grad=bias_grad) for part in tensors.bias],
-        tensors.seconds,
-        tensors.reason,
-    )
-
-
-def _kept_record(names: Sequence[str], reason: str, module: nn.Module, kind: str = "") -> LayerRecord:
-    return LayerRecord(
-        name=names[0],
-        kind=kind or type(module).__name__,
-        action="kept",
-        reason=reason,
-        also_known_as=tuple(names[1:]),
+def _as_parameters(tensors: SplitTensors, plan: LayerPlan) -> SplitTensors:
+    weight_grad = plan.weight.requires_grad
+    bias_grad = plan.bias is not None and plan.bias.requires_grad
+    return replace(
+        tensors,
+        weight=[nn.Parameter(part, requires_grad=weight_grad) for part in tensors.weight],
+        bias=[None if part is None else nn.Parameter(part, requires_grad=bias_grad) for part in tensors.bias],
     )
 
 

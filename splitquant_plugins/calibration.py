@@ -1,0 +1,272 @@
+"""Second moments of layer inputs, streamed over unlabelled calibration batches.
+
+For a layer with inputs x (one row per token or per output pixel) the error that a change D of its weight
+causes is, in the mean over the data, tr(D H Dᵀ) with H = mean of x xᵀ. H is all that weight optimisers such
+as GPTQ (arXiv 2210.17323) or decoupleQ (arXiv 2404.12759) need of the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from splitquant_plugins.errors import ConfigError, InputError
+
+Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Rows that are unfolded and multiplied at once: bounds the copy that the unfolding of a convolution makes.
+_CHUNK_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """Mean of x xᵀ over the inputs x of a layer.
+
+    `matrix`: [groups, d, d], groups is 1 but for grouped convolutions; d counts the weights of one output
+    channel in the order (inputs / groups, *kernel). `samples`: rows seen; 0 (and a zero matrix) for a layer
+    that the batches never reached.
+    """
+
+    matrix: Tensor
+    samples: int
+
+
+def collect_second_moments(
+    model: nn.Module,
+    batches: Batches,
+    layers: Mapping[str, nn.Module],
+    *,
+    dtype: torch.dtype = torch.float64,
+    max_bytes: int | None = None,
+) -> dict[str, SecondMoment]:
+    """Run the batches through the model and return the second moment of every layer's inputs.
+
+    As `iter_second_moments`, but all results are held at once; `max_bytes` then bounds only what is
+    accumulated in one pass. Use the iterator where the matrices of all layers do not fit into memory.
+    """
+    return dict(iter_second_moments(model, batches, layers, dtype=dtype, max_bytes=max_bytes))
+
+
+def iter_second_moments(
+    model: nn.Module,
+    batches: Batches,
+    layers: Mapping[str, nn.Module],
+    *,
+    dtype: torch.dtype = torch.float64,
+    max_bytes: int | None = None,
+) -> Iterator[tuple[str, SecondMoment]]:
+    """Yield (name, second moment) of each layer, in the order of `layers`.
+
+    `layers` are submodules of `model`: nn.Linear, nn.Conv1d/2d/3d, or transformers' Conv1D. `batches` is an
+    iterable of dicts (keyword arguments; `labels` is dropped), tuples or lists (positional arguments) or
+    single tensors, or a callable that returns such an iterable. An `attention_mask` of shape [batch, seq] in
+    a dict leaves padded tokens out of the statistics of every layer whose input is [batch, seq, features].
+
+    Where the matrices take more than `max_bytes`, the batches are run once per subset of layers that fits;
+    a layer too large by itself gets a pass of its own. Products are computed in `dtype`. The model runs in
+    evaluation mode without gradients, and is left as it was, also where an exception ends the run.
+
+    Raises InputError for NaN or infinity in a layer's inputs (naming the layer), for no batches at all, and
+    for a one-shot iterator that would have to be read twice; ConfigError for a layer of another type.
+    """
+    if not dtype.is_floating_point:
+        raise ConfigError(f"dtype={dtype}: second moments need a floating-point type, such as torch.float64")
+    sizes = {name: _moment_shape(name, layer) for name, layer in layers.items()}
+    passes = _plan_passes(sizes, dtype.itemsize, max_bytes)
+    if len(passes) > 1 and isinstance(batches, Iterator):
+        raise InputError(
+            f"the second moments of {len(sizes)} layers take more than max_bytes={max_bytes}, so the batches "
+            f"are read {len(passes)} times, but they are a one-shot iterator: pass a list, a DataLoader or "
+            "a function that returns a new iterator, or raise max_bytes"
+        )
+    for names in passes:
+        sums = {name: _RunningMean(name, layers[name], sizes[name], dtype) for name in names}
+        _observe(model, batches, sums)
+        # Hand over one at a time, so that a consumer can free each matrix before it takes the next.
+        for name in names:
+            mean = sums.pop(name)
+            yield name, SecondMoment(mean.matrix, mean.samples)
+
+
+def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """The rows that a layer multiplies with its weight: [groups, rows, d].
+
+    For a convolution these are the unfolded patches with its stride, padding and dilation, such that
+    weight[out].flatten() @ row is one output value (without bias).
+    """
+    if not isinstance(layer, _CONVOLUTIONS):
+        return inputs.reshape(1, -1, inputs.shape[-1])
+    kernel, dilation = layer.kernel_size, layer.dilation
+    spatial = len(kernel)
+    if inputs.ndim == spatial + 1:
+        inputs = inputs.unsqueeze(0)
+    patches = _pad(layer, inputs)
+    for axis in range(spatial):
+        extent = (kernel[axis] - 1) * dilation[axis] + 1
+        patches = patches.unfold(2 + axis, extent, layer.stride[axis])[..., :: dilation[axis]]
+    # [batch, channels, *out, *kernel] -> [groups, batch, *out, channels / groups, *kernel]
+    patches = patches.unflatten(1, (layer.groups, -1))
+    out_axes = list(range(3, 3 + spatial))
+    kernel_axes = list(range(3 + spatial, 3 + 2 * spatial))
+    patches = patches.permute(1, 0, *out_axes, 2, *kernel_axes)
+    return patches.reshape(layer.groups, -1, _moment_shape("", layer)[-1])
+
+
+class _RunningMean:
+    """The streaming mean of x xᵀ of one layer."""
+
+    def __init__(self, name: str, layer: nn.Module, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self.name = name
+        self.layer = layer
+        self.matrix = torch.zeros(shape, dtype=dtype, device=next(layer.parameters()).device)
+        self.samples = 0
+
+    def add(self, inputs: Tensor, mask: Tensor | None) -> None:
+        is_convolution = isinstance(self.layer, _CONVOLUTIONS)
+        if not is_convolution and mask is not None and inputs.ndim >= 3 and inputs.shape[:2] == mask.shape:
+            inputs = inputs[mask.to(inputs.device) != 0]
+        if not torch.isfinite(inputs).all():
+            raise InputError(
+                f"{self.name}: its calibration inputs contain NaN or infinity; check the batches, or run the "
+                "model in a wider dtype"
+            )
+        # A chunk is a run of examples: an unfolded image takes kernel-size times its own memory.
+        if not is_convolution:
+            inputs = inputs.reshape(-1, inputs.shape[-1])
+        per_example = max(inputs[:1].numel(), 1) * (self._taps() if is_convolution else 1)
+        for chunk in inputs.split(max(_CHUNK_ELEMENTS // per_example, 1)):
+            self._add_rows(input_rows(self.layer, chunk).to(self.matrix))
+
+    def _taps(self) -> int:
+        return int(self.layer.weight[0, 0].numel()) if isinstance(self.layer, _CONVOLUTIONS) else 1
+
+    def _add_rows(self, rows: Tensor) -> None:
+        if rows.shape[1] == 0:
+            return
+        total = self.samples + rows.shape[1]
+        self.matrix.mul_(self.samples / total).baddbmm_(rows.mT / total, rows)
+        self.samples = total
+
+
+def _observe(model: nn.Module, batches: Batches, means: Mapping[str, _RunningMean]) -> None:
+    """One pass over the batches, with a hook on each layer."""
+    mask: Tensor | None = None
+
+    def hook_of(mean: _RunningMean) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = args[0] if args else next(iter(kwargs.values()), None)
+            if not isinstance(inputs, Tensor):
+                raise InputError(f"{mean.name}: expected a tensor as input, found {type(inputs).__name__}")
+            mean.add(inputs, mask)
+
+        return hook
+
+    seen = False
+    with evaluating(model), torch.no_grad(), ExitStack() as hooks:
+        for mean in means.values():
+            hooks.callback(mean.layer.register_forward_pre_hook(hook_of(mean), with_kwargs=True).remove)
+        for args, kwargs in iter_calls(model, batches):
+            found = kwargs.get("attention_mask")
+            mask = found if isinstance(found, Tensor) and found.ndim == 2 else None
+            model(*args, **kwargs)
+            seen = True
+    if not seen:
+        raise InputError("no calibration batches: the iterable is empty (or a one-shot iterator was used up)")
+
+
+def iter_calls(model: nn.Module, batches: Batches) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Yield the (args, kwargs) of a forward call per batch, on the device of the model's first tensor.
+
+    Accepts what `iter_second_moments` accepts; `labels` is dropped from dicts, so that no loss is computed.
+    """
+    first = next(model.parameters(), None)
+    for batch in batches() if callable(batches) else batches:
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
+        if isinstance(batch, Mapping):
+            kwargs = {str(key): value for key, value in batch.items() if key != "labels"}
+        elif isinstance(batch, (tuple, list)):
+            args = tuple(batch)
+        elif isinstance(batch, Tensor):
+            args = (batch,)
+        else:
+            raise InputError(
+                f"a calibration batch is a {type(batch).__name__}: expected a dict, a tuple, a list or a tensor"
+            )
+        if first is not None:
+            args = tuple(_to_device(value, first.device) for value in args)
+            kwargs = {key: _to_device(value, first.device) for key, value in kwargs.items()}
+        yield args, kwargs
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of the block; every submodule gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _moment_shape(name: str, layer: nn.Module) -> tuple[int, int, int]:
+    """Groups, d, d of a layer."""
+    weight = getattr(layer, "weight", None)
+    if isinstance(layer, _CONVOLUTIONS):
+        return layer.groups, layer.weight[0].numel(), layer.weight[0].numel()
+    if isinstance(layer, nn.Linear):
+        return 1, layer.in_features, layer.in_features
+    # transformers' Conv1D is a Linear whose weight is stored as [in, out]; the core does not import it.
+    if type(layer).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2:
+        return 1, weight.shape[0], weight.shape[0]
+    raise ConfigError(
+        f"{name}: no second moment for {type(layer).__name__}; choose nn.Linear, nn.Conv1d/2d/3d or Conv1D"
+    )
+
+
+def _plan_passes(
+    sizes: Mapping[str, tuple[int, int, int]], itemsize: int, max_bytes: int | None
+) -> list[list[str]]:
+    """Consecutive runs of layers whose matrices fit into max_bytes together."""
+    if max_bytes is not None and max_bytes < 1:
+        raise ConfigError(f"max_bytes={max_bytes}: give a positive number of bytes, or None for no limit")
+    passes: list[list[str]] = []
+    used = 0
+    for name, (groups, rows, columns) in sizes.items():
+        need = groups * rows * columns * itemsize
+        if not passes or (max_bytes is not None and used + need > max_bytes):
+            passes.append([])
+            used = 0
+        passes[-1].append(name)
+        used += need
+    return passes
+
+
+def _pad(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:
+    """Pad the spatial axes as the convolution does."""
+    margins: list[int] = []
+    for axis in reversed(range(len(layer.kernel_size))):
+        if layer.padding == "valid":
+            before = after = 0
+        elif layer.padding == "same":
+            total = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+            before, after = total // 2, total - total // 2
+        else:
+            before = after = int(layer.padding[axis])
+        margins += [before, after]
+    if not any(margins):
+        return inputs
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return nn.functional.pad(inputs, margins, mode=mode)

@@ -1,0 +1,1 @@
+"""Strategies that turn a tensor into parts, one file each."""

@@ -1,0 +1,179 @@
+"""Search for the scales of k parts whose levels add up to the best codebook for every cell.
+
+Each part contributes one of its levels, so a weight is rounded to the nearest of the sums: the sumset of k
+small uniform grids, 64 levels for three INT2 parts. Parts have to sum to the weight, so the ranges of the parts
+together must cover the range of the cell; nothing else ties the levels to the weights (see `_realise`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from splitquant_plugins.splitters._shapes import Shape, table
+from splitquant_plugins.splitters._sketch import Sketch, price
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_RATIOS = (0.1, 0.16, 0.22, 0.25, 0.3, 0.36, 0.45, 0.6, 0.85)
+_CHUNK = 1 << 22  # levels priced at once
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Per cell: the index of every part's shape [cells, k] and its scale [cells, k], widest first."""
+
+    shape: Tensor
+    scale: Tensor
+
+    def levels(self, codes: Tensor) -> Tensor:
+        """All sums [cells, codes ** k], unsorted, the last part's code running fastest."""
+        return sumset(codes[self.shape], self.scale)
+
+
+def sumset(codes: Tensor, scale: Tensor) -> Tensor:
+    """Sums of one level per part; `codes` [cells, k, c] times `scale` [cells, k] give [cells, c ** k]."""
+    values = codes * scale.unsqueeze(2)
+    total = values[:, 0]
+    for part in range(1, values.shape[1]):
+        total = (total.unsqueeze(2) + values[:, part].unsqueeze(1)).flatten(1)
+    return total
+
+
+class Search:
+    """The search on a sketch; `cover` demands that the parts' ranges cover the cells' ranges."""
+
+    def __init__(self, found: Sequence[Shape], k: int, cells: Sketch, *, cover: bool = True) -> None:
+        self.codes = table(list(found)).to(cells.values.device)
+        reach = torch.tensor([shape.interval() for shape in found], dtype=torch.float64)
+        self.below, self.above = (-reach[:, 0]).to(self.codes), reach[:, 1].to(self.codes)
+        self.k, self.cells, self.cover = k, cells, cover
+        self.row = torch.arange(len(cells.values), device=cells.values.device)
+
+    def best(self) -> Codebook:
+        """The best codebook found for every cell of the sketch, in units of the cell's largest magnitude."""
+        starts = self._starts()
+        shape, scale, _ = self._rank(*starts, keep=2)
+        runs = [self._descend(shape[:, i], scale[:, i]) for i in range(shape.shape[1])]
+        costs = torch.stack([run[2] for run in runs])
+        best = costs.argmin(dim=0)
+        return Codebook(
+            torch.stack([run[0] for run in runs])[best, self.row],
+            torch.stack([run[1] for run in runs])[best, self.row],
+        )
+
+    def cost(self, shape: Tensor, scale: Tensor, row: Tensor | None = None) -> Tensor:
+        """Squared error per (cell, codebook) pair; `row` says which cell each codebook is for."""
+        row = self.row if row is None else row
+        step = max(1, _CHUNK // (self.codes.shape[1] ** self.k + self.cells.values.shape[1]))
+        out = []
+        for at in range(0, len(shape), step):
+            here = slice(at, at + step)
+            levels = sumset(self.codes[shape[here]], scale[here]).sort(dim=1).values
+            out.append(price(levels, self.cells.rows(row[here])))
+        return torch.cat(out)
+
+    def fit(self, shape: Tensor, scale: Tensor, row: Tensor | None = None, *, first: bool = False) -> Tensor:
+        """Enlarge scales (all in proportion, or only the first part's) until the ranges cover the cells."""
+        if not self.cover:
+            return scale
+        row = self.row if row is None else row
+        out = scale
+        for reach, need in (
+            (self.above[shape], self.cells.high[row]),
+            (self.below[shape], -self.cells.low[row]),
+        ):
+            have = (out * reach).sum(dim=1, keepdim=True)
+            if first:
+                grow = ((need * (1 + 1e-9) - have) / reach[:, :1].clamp(min=1e-3)).clamp(min=0)
+                out = torch.cat([out[:, :1] + grow, out[:, 1:]], dim=1)
+            else:
+                out = out * (need * (1 + 1e-9) / have.clamp(min=1e-12)).clamp(min=1)
+        return out
+
+    def _starts(self) -> tuple[Tensor, Tensor]:
+        """Shapes [starts, k] and scale ratios [starts, k] to begin with."""
+        number = len(self.codes)
+        if number**min(self.k, 3) <= 400:
+            tuples = list(itertools.product(range(number), repeat=min(self.k, 3)))
+        else:
+            tuples = list(itertools.product(range(number), repeat=min(self.k, 2)))
+        tuples = [t + (t[-1],) * (self.k - len(t)) for t in tuples]
+        width = self.codes.shape[1]
+        ratios = _RATIOS if width <= 4 else tuple(r * 4 / width for r in _RATIOS) + (0.85,)
+        steps = list(itertools.product(ratios, repeat=min(self.k - 1, 2)))
+        steps = [t + (1 / width,) * (self.k - 1 - len(t)) for t in steps]
+        scale = torch.tensor([(1.0, *t) for t in steps], dtype=torch.float64).cumprod(dim=1)
+        shape = torch.tensor(tuples)
+        pairs = torch.cartesian_prod(torch.arange(len(shape)), torch.arange(len(scale)))
+        return shape[pairs[:, 0]].to(self.codes.device), scale[pairs[:, 1]].to(self.codes)
+
+    def _rank(self, shape: Tensor, scale: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The best `keep` starts of every cell; a sample of cells first weeds out most of the starts."""
+        cells = len(self.row)
+        sample = torch.linspace(0, cells - 1, min(cells, 4)).round().long().to(self.row.device)
+        if cells > 4:
+            cost = self._grid(shape, scale, sample)
+            cost = cost / cost.amin(dim=0)
+            order = torch.cat([cost.mean(dim=1).topk(12, largest=False).indices, cost.argmin(dim=0)]).unique()
+            shape, scale = shape[order], scale[order]
+        cost = self._grid(shape, scale, self.row)
+        keep = min(keep, len(shape))
+        best = cost.topk(keep, dim=0, largest=False).indices.T
+        scales = torch.stack([self.fit(shape[best[:, i]], scale[best[:, i]]) for i in range(keep)], dim=1)
+        if not self.cover:
+            scales = scales * self._stretch(shape, scale)[best].unsqueeze(-1)
+        return shape[best], scales, cost.gather(0, best.T)
+
+    def _stretch(self, shape: Tensor, scale: Tensor) -> Tensor:
+        """Factor that makes every start just cover [-1, 1] or as much of it as it can."""
+        both = torch.stack([(scale * self.above[shape]).sum(1), (scale * self.below[shape]).sum(1)])
+        return 1 / both.amax(dim=0)
+
+    def _grid(self, shape: Tensor, scale: Tensor, row: Tensor) -> Tensor:
+        """Cost of every start on every one of the cells `row`; [starts, cells]."""
+        starts, cells = len(shape), len(row)
+        at = row.repeat(starts)
+        shape = shape.repeat_interleave(cells, dim=0)
+        scale = scale.repeat_interleave(cells, dim=0)
+        if self.cover:
+            # tight: as fine as covering the cell allows
+            scale = self.fit(shape, scale * 1e-6, at)
+        else:
+            scale = scale * self._stretch(shape, scale).unsqueeze(1)
+        return self.cost(shape, scale, at).reshape(starts, cells)
+
+    def _descend(self, shape: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pattern search over the logarithms of the scales, and over one part's shape at a time."""
+        cost = self.cost(shape, scale)
+        for delta in (0.2, 0.1, 0.05, 0.025, 0.012):
+            for _ in range(2):
+                for part, sign, first in itertools.product(range(self.k), (1, -1), (False, True)):
+                    if first and (part == 0 or not self.cover):
+                        continue
+                    trial = scale.clone()
+                    trial[:, part] *= 1 + sign * delta
+                    shape, scale, cost = self._accept(shape, scale, cost, shape, trial, first=first)
+            if delta == 0.1:
+                for part, new in itertools.product(range(self.k), range(len(self.codes))):
+                    other = shape.clone()
+                    other[:, part] = new
+                    shape, scale, cost = self._accept(shape, scale, cost, other, scale, first=False)
+        return shape, scale, cost
+
+    def _accept(
+        self, shape: Tensor, scale: Tensor, cost: Tensor, new_shape: Tensor, new_scale: Tensor, *, first: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        new_scale = self.fit(new_shape, new_scale, first=first)
+        new = self.cost(new_shape, new_scale)
+        better = new < cost
+        return (
+            torch.where(better.unsqueeze(1), new_shape, shape),
+            torch.where(better.unsqueeze(1), new_scale, scale),
+            torch.where(better, new, cost),
+        )

@@ -1,0 +1,78 @@
+"""Splitting the tensors of one layer: pure work on tensors, which joblib may carry elsewhere."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitquant_plugins.check import check_parts
+from splitquant_plugins.errors import CannotSplit, SplitFailedError
+from splitquant_plugins.grid import Grid
+from splitquant_plugins.plan import TensorPlan
+from splitquant_plugins.plugins import Plugins
+
+
+@dataclass(frozen=True)
+class SplitTensors:
+    """The parts of one layer's weight and bias, or why it stays whole."""
+
+    weight: list[Tensor]
+    bias: list[Tensor | None]
+    seconds: float
+    reason: str | None = None
+
+
+class LayerSplitter:
+    """Splits the tensors of one layer; joblib may carry it to another process, which loads plugins anew."""
+
+    def __init__(self, plugins: Plugins) -> None:
+        self._plugins = plugins
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._plugins = Plugins.load()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_plan: TensorPlan,
+        bias_plan: TensorPlan | None,
+        grid: Grid | None,
+    ) -> SplitTensors:
+        started = time.perf_counter()
+        try:
+            weights = self._parts(weight, weight_plan, grid)
+        except CannotSplit as answer:
+            return SplitTensors([], [], time.perf_counter() - started, answer.reason)
+        except SplitFailedError as error:
+            warnings.warn(f"{error}; the layer is left whole", stacklevel=2)
+            return SplitTensors([], [], time.perf_counter() - started, f"it failed the check: {error}")
+        if len(weights) == 1:
+            return SplitTensors([], [], time.perf_counter() - started, "one part is the layer itself")
+        biases: list[Tensor | None] = [None] * len(weights)
+        if bias is not None:
+            found = self._bias_parts(bias, bias_plan, len(weights))
+            biases[: len(found)] = found
+        return SplitTensors(weights, biases, time.perf_counter() - started)
+
+    def _parts(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> list[Tensor]:
+        parts = self._plugins.split_tensor(tensor, plan, grid)
+        check_parts(f"{plan.layer}.{plan.role}", tensor, parts, plan.k)
+        return parts
+
+    def _bias_parts(self, bias: Tensor, plan: TensorPlan | None, k: int) -> list[Tensor]:
+        if plan is None:
+            return [bias]
+        try:
+            return self._parts(bias, replace(plan, k=k), None)
+        except CannotSplit:  # a constant bias, often all zero, stays in the first part
+            return [bias]
