@@ -20,9 +20,7 @@ def fold_batchnorms(model: nn.Module) -> list[str]:
     """
     places = {id(module): names for module, names in occurrences(model)}
     batchnorms = {
-        id(module): (module, names[0])
-        for module, names in occurrences(model)
-        if isinstance(module, BATCHNORMS)
+        id(module): (module, names[0]) for module, names in occurrences(model) if isinstance(module, BATCHNORMS)
     }
     if not batchnorms:
         return []

@@ -236,9 +236,7 @@ def _moment_shape(name: str, layer: nn.Module) -> tuple[int, int, int]:
     )
 
 
-def _plan_passes(
-    sizes: Mapping[str, tuple[int, int, int]], itemsize: int, max_bytes: int | None
-) -> list[list[str]]:
+def _plan_passes(sizes: Mapping[str, tuple[int, int, int]], itemsize: int, max_bytes: int | None) -> list[list[str]]:
     """Consecutive runs of layers whose matrices fit into max_bytes together."""
     if max_bytes is not None and max_bytes < 1:
         raise ConfigError(f"max_bytes={max_bytes}: give a positive number of bytes, or None for no limit")

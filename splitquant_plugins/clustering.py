@@ -34,8 +34,17 @@ _CHUNK = 1 << 17
 _SKETCHES = (40, 256, 768)
 # Part of the inertia that may hide between neighbouring positions of a sketch.
 _HIDDEN = 0.04
+# A local optimum of the sketch that is worse than the best by more than this part of the inertia is dropped.
+_RIVAL = 0.05
+# Part of the inertia by which counted clusters may miss the local optimum.
+_TOLERANCE = 1e-7
 # Steps of a boundary in one round of the local search.
 _STEPS = (1, 2, 3, 4, 6, 9, 14, 22, 35, 60)
+_ROUNDS = 200
+# Values of 16-bit types have at most 65,536 codes: longer rows than this are tallied code by code.
+_TALLY_FROM = 1 << 14
+# Values in one batch of rows.
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,8 @@ class Clusters:
     """The clusters of each row: value v belongs to cluster number sum(v >= boundaries).
 
     boundaries: [rows, k - 1], ascending, in the values' dtype and on their device.
-    centers, inertia, counts: [rows, k], [rows] and [rows, k], float64 and int64.
+    centers, inertia: [rows, k] and [rows], float64.
+    counts: [rows, k], float64: the values in each cluster, or their total weight.
     sizes: [rows], the number of clusters in use. A row with fewer than k distinct values uses fewer: the
     last ones are empty, with boundary +inf, centre NaN and count 0.
     """
@@ -85,7 +95,7 @@ def optimal_clusters(values: Tensor, k: int, *, weights: Tensor | None = None) -
 
 def assign(values: Tensor, boundaries: Tensor) -> Tensor:
     """Cluster number of each value: [rows, n] or [n] with boundaries [rows, k - 1] or [1, k - 1], int64."""
-    bounds = boundaries.reshape(-1, boundaries.shape[-1])
+    bounds = boundaries if boundaries.ndim == 2 else boundaries[None]
     labels = torch.zeros(values.shape, dtype=torch.int64, device=values.device)
     for column in bounds.unbind(1):
         labels += values >= (column if values.ndim < 2 else column[:, None])
@@ -158,7 +168,7 @@ class _Result:
         self.boundaries = np.full((rows, k - 1), np.inf)
         self.centers = np.full((rows, k), np.nan)
         self.inertia = np.zeros(rows)
-        self.counts = np.zeros((rows, k), dtype=np.int64)
+        self.counts = np.zeros((rows, k))
 
     def clusters(self, like: Tensor) -> Clusters:
         device = like.device
@@ -177,49 +187,52 @@ class _Result:
 def _cluster(rows: Tensor, k: int, low: Array, high: Array, found: _Result) -> None:
     number, n = rows.shape
     half = rows.dtype not in (torch.float32, torch.float64)
-    if half and n > 1 << 16:
+    if half and n >= _TALLY_FROM:
         for row in range(number):
-            distinct, counts = _count_distinct(rows[row])
+            distinct, counts = _tally(rows[row])
             _solve_sorted(distinct[None], counts[None], k, found, np.array([row]))
         return
-    everything = np.arange(number)
     spread = high - low
     # Beyond these magnitudes the bin of a value would overflow or underflow; sorting does not mind.
-    countable = (spread > 1e-30) & (spread < 1e30) & (n >= _SORT_BELOW) & (k > 1)
-    left = everything[~countable]
-    if countable.any():
-        badly = _cluster_counted(rows, everything[countable], k, low, spread, found)
+    countable = (spread > 1e-30) & (spread < 1e30) & (n >= _SORT_BELOW) & (k > 1) & (not half)
+    left = np.flatnonzero(~countable)
+    for block in _row_blocks(np.flatnonzero(countable), max(n, _bins(n))):
+        badly = _solve_counted(rows, block, k, low[block], spread[block], found)
         left = np.concatenate([left, badly])
-    for block in np.array_split(left, max(1, len(left) * n // _CHUNK)):
-        if len(block):
-            values = rows[torch.from_numpy(block)]
-            _solve_sorted(np.sort((values.float() if half else values).numpy(), axis=1), None, k, found, block)
+    for block in _row_blocks(left, n):
+        values = _take(rows, block)
+        _solve_sorted(np.sort((values.float() if half else values).numpy(), axis=1), None, k, found, block)
 
 
 def _cluster_weighted(rows: Tensor, weights: Tensor, k: int, found: _Result) -> None:
-    for block in np.array_split(np.arange(rows.shape[0]), max(1, rows.numel() // _CHUNK)):
-        if not len(block):
-            continue
-        weight = weights[torch.from_numpy(block)].numpy()
-        values = rows[torch.from_numpy(block)].double().numpy()
+    for block in _row_blocks(np.arange(rows.shape[0]), rows.shape[1]):
+        values = _take(rows, block).double().numpy()
+        weight = _take(weights, block).numpy()
         # A value without weight counts for nothing: put it onto one that has weight.
         heaviest = np.take_along_axis(values, weight.argmax(1)[:, None], axis=1)
         values = np.where(weight > 0, values, heaviest)
         order = np.argsort(values, axis=1, kind="stable")
-        _solve_sorted(
-            np.take_along_axis(values, order, axis=1),
-            np.take_along_axis(weight, order, axis=1),
-            k,
-            found,
-            block,
-        )
+        ascending = np.take_along_axis(values, order, axis=1)
+        _solve_sorted(ascending, np.take_along_axis(weight, order, axis=1), k, found, block)
 
 
-def _count_distinct(row: Tensor) -> tuple[Array, Array]:
+def _row_blocks(rows: Array, n: int) -> list[Array]:
+    """Cut row numbers into runs of about _BLOCK values, which bounds the scratch memory."""
+    height = max(1, _BLOCK // n)
+    return [rows[top : top + height] for top in range(0, len(rows), height)]
+
+
+def _take(rows: Tensor, numbers: Array) -> Tensor:
+    first, last = int(numbers[0]), int(numbers[-1])
+    if last - first + 1 == len(numbers):
+        return rows[first : last + 1]
+    return rows[torch.from_numpy(numbers)]
+
+
+def _tally(row: Tensor) -> tuple[Array, Array]:
     """Distinct values of a 16-bit float tensor in ascending order, and how often each occurs."""
     counts = torch.zeros(1 << 16, dtype=torch.int64)
-    codes = row.contiguous().view(torch.int16)
-    for chunk in codes.split(_CHUNK):
+    for chunk in row.contiguous().view(torch.int16).split(_CHUNK):
         counts += torch.bincount(chunk.to(torch.int32).add_(1 << 15), minlength=1 << 16)
     present = counts.nonzero().flatten()
     values = (present - (1 << 15)).to(torch.int16).view(row.dtype).float().numpy()
@@ -228,44 +241,371 @@ def _count_distinct(row: Tensor) -> tuple[Array, Array]:
 
 
 def _solve_sorted(values: Array, weights: Array | None, k: int, found: _Result, rows: Array) -> None:
-    """Cluster ascending rows [r, n] exactly; `weights` where values do not count once each."""
-    exponent = np.frexp(np.maximum(np.abs(values[:, :1]), np.abs(values[:, -1:])).astype(np.float64))[1]
-    scaled = np.ldexp(values.astype(np.float64), -exponent)
-    weight = np.ones_like(scaled) if weights is None else weights
-    members = weight if weights is None or found.counts.dtype != np.int64 else weight
-    # Distinct values only, so that no boundary can fall among equal ones.
-    first = np.ones(values.shape, dtype=bool)
-    np.not_equal(values[:, 1:], values[:, :-1], out=first[:, 1:])
-    position = np.cumsum(first, axis=1) - 1
-    distinct = position[:, -1] + 1
-    width = int(distinct.max())
-    shape = (len(rows), width)
-    index = position + np.arange(len(rows))[:, None] * width
-    mass = np.bincount(index.ravel(), members.ravel(), minlength=len(rows) * width).reshape(shape)
-    points = np.broadcast_to(scaled[:, -1:], shape).copy()
-    points.ravel()[index[first]] = scaled[first]
-    edges = np.full((len(rows), width + 1), np.inf)
-    edges.ravel()[(index + np.arange(len(rows))[:, None])[first]] = values[first]
+    """Cluster ascending rows [r, n]; `weights` [r, n] where values do not count once each."""
+    largest = np.maximum(np.abs(values[:, :1]), np.abs(values[:, -1:])).astype(np.float64)
+    # Scaling by a power of two is exact, and keeps squares from overflowing.
+    exponent = np.frexp(largest)[1]
+    points, mass = _distinct(values.astype(np.float64), weights)
+    edges = np.concatenate([points, np.full_like(points[:, :1], np.inf)], axis=1)
+    edges[:, :-1][mass == 0] = np.inf
+    scaled = np.ldexp(points, -exponent)
     total = mass.sum(1, keepdims=True)
-    middle = (mass * points).sum(1, keepdims=True) / total
-    points -= middle
-    sums = _Prefix(mass / total, points)
-    cuts = _search(sums, k)
-    cuts.sort(axis=1)
-    # Empty clusters go last.
-    again = np.zeros(cuts.shape, dtype=bool)
-    again[:, 1:] = cuts[:, 1:] == cuts[:, :-1]
-    cuts[again | (cuts == 0)] = width
-    cuts.sort(axis=1)
-    found.boundaries[rows] = np.take_along_axis(edges, cuts, axis=1)
-    ends = np.concatenate([np.zeros_like(cuts[:, :1]), cuts, np.full_like(cuts[:, :1], width)], axis=1) \
-        if k > 1 else np.tile(np.array([[0, width]]), (len(rows), 1))
-    cluster_mass = np.diff(np.take_along_axis(sums.weight, ends, axis=1))
+    middle = (mass * scaled).sum(1, keepdims=True) / total
+    scaled -= middle
+    sums = _PrefixSums(mass / total, scaled)
+    cuts = _without_empty(_search(sums, k)[0], mass.shape[1])
+    label = (np.arange(mass.shape[1])[:, None] >= cuts[:, None, :]).sum(2)
+    weight, moment = _per_cluster(sums.weight, cuts), _per_cluster(sums.sum, cuts)
     with np.errstate(invalid="ignore"):
-        centers = np.diff(np.take_along_axis(sums.sum, ends, axis=1)) / cluster_mass
-    label = (np.arange(width)[None, :, None] >= cuts[:, None, :]).sum(2) if k > 1 else np.zeros(shape, int)
-    offset = points - np.take_along_axis(centers, label, axis=1)
-    found.inertia[rows] = np.ldexp((mass * offset * offset).sum(1), 2 * exponent[:, 0])
+        centers = moment / weight
+    offset = scaled - np.take_along_axis(centers, label, axis=1)
+    found.boundaries[rows] = np.take_along_axis(edges, cuts, axis=1)
     found.centers[rows] = np.ldexp(centers + middle, exponent)
-    ones = _count_members(position, k, cuts) if weights is None else None
-    del ones
+    found.inertia[rows] = np.ldexp((mass * offset * offset).sum(1), 2 * exponent[:, 0])
+    found.counts[rows] = _per_cluster(np.pad(np.cumsum(mass, axis=1), ((0, 0), (1, 0))), cuts)
+
+
+def _distinct(values: Array, weights: Array | None) -> tuple[Array, Array]:
+    """Distinct values of ascending rows and their weights, filled up with the last value and weight 0."""
+    new = np.ones(values.shape, dtype=bool)
+    np.not_equal(values[:, 1:], values[:, :-1], out=new[:, 1:])
+    if new.all():
+        return values, np.ones_like(values) if weights is None else weights
+    height = len(values)
+    position = np.cumsum(new, axis=1) - 1
+    width = int(position[:, -1].max()) + 1
+    index = position + np.arange(height)[:, None] * width
+    flat_weights = None if weights is None else weights.ravel()
+    mass = np.bincount(index.ravel(), flat_weights, minlength=height * width).reshape(height, width)
+    points = np.repeat(values[:, -1:], width, axis=1)
+    points.ravel()[index[new]] = values[new]
+    return points, mass.astype(np.float64)
+
+
+def _without_empty(cuts: Array, end: int) -> Array:
+    """The same clusters with the empty ones last: each position once, then `end`."""
+    cuts = np.sort(cuts, axis=1)
+    useless = cuts == 0
+    useless[:, 1:] |= cuts[:, 1:] == cuts[:, :-1]
+    return np.sort(np.where(useless, end, cuts), axis=1)
+
+
+def _per_cluster(prefix: Array, cuts: Array) -> Array:
+    """Sums [rows, k] between the cuts [rows, k - 1] from prefix sums [rows, m + 1]."""
+    ends = np.pad(cuts, ((0, 0), (1, 1)))
+    ends[:, -1] = prefix.shape[1] - 1
+    return np.diff(np.take_along_axis(prefix, ends, axis=1))
+
+
+def _bins(n: int) -> int:
+    return 256 if n < 1 << 14 else 1024 if n < 1 << 18 else 1 << 16
+
+
+def _solve_counted(rows: Tensor, block: Array, k: int, low: Array, spread: Array, found: _Result) -> Array:
+    """Cluster rows by counts in even bins; returns the numbers of the rows that this is too coarse for.
+
+    Positions t are in bins, relative to the mean: x = low + (t + mean) * width.
+    """
+    values = _take(rows, block)
+    n = values.shape[1]
+    bins = _bins(n)
+    low, width = low[:, None], (spread / bins)[:, None]
+    mass = _bin_counts(values, low, spread[:, None], bins) / n
+    mean = (mass @ (np.arange(bins) + 0.5))[:, None]
+    sums = _PrefixSums(mass, np.arange(bins) + 0.5 - mean)
+    cuts, inertia = _search(sums, k)
+    # What evenly spread values add within a bin of width 1 is 1/12; it must not matter.
+    good = inertia * _HIDDEN > 1 / 12
+    at = cuts - mean
+    for _ in range(4):
+        weight, moment = sums.between(at + mean)
+        at += _newton_step(at, weight, moment, sums.density(at + mean))
+    for attempt in range(4):
+        bounds = torch.from_numpy(low + (at + mean) * width).to(rows.dtype)
+        at = (bounds.double().numpy() - low) / width - mean
+        counts, moments, squares = _exact_sums(values, bounds, low + mean * width)
+        weight, moment = counts / n, moments / (n * width)
+        density = sums.density(at + mean)
+        step = _newton_step(at, weight, moment, density)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            centers = moment / weight
+            inertia = squares / (n * width[:, 0] ** 2) - (moment * centers).sum(1)
+            off_middle = at - (centers[:, 1:] + centers[:, :-1]) / 2
+            excess = (density * np.diff(centers) * np.abs(off_middle * step)).sum(1)
+            done = excess <= _TOLERANCE * inertia
+        good &= (weight > 0).all(1)
+        if done[good].all() or attempt == 3:
+            break
+        at = at + np.where(done[:, None], 0, step)
+    good &= done
+    settled = block[good]
+    found.boundaries[settled] = bounds.double().numpy()[good]
+    found.centers[settled] = (low + (centers + mean) * width)[good]
+    found.inertia[settled] = (inertia * n * width[:, 0] ** 2)[good]
+    found.counts[settled] = counts[good]
+    return block[~good]
+
+
+def _bin_counts(values: Tensor, low: Array, spread: Array, bins: int) -> Array:
+    """How many values of each row are in each of its `bins` even bins: [rows, bins], float64."""
+    height, n = values.shape
+    counts = torch.zeros(height * bins, dtype=torch.int64)
+    origin = torch.from_numpy(low).to(values.dtype)
+    # Slightly less than `bins` per spread, so that rounding cannot reach beyond the last bin.
+    scale = torch.from_numpy(bins * (1 - 2e-6) / spread).to(values.dtype)
+    for part, columns in _blocks(height, n):
+        tall = part.stop - part.start
+        place = (values[part, columns] - origin[part]).mul_(scale[part]).to(torch.int32)
+        place += torch.arange(0, tall * bins, bins, dtype=torch.int32)[:, None]
+        counts[part.start * bins : part.stop * bins] += torch.bincount(place.view(-1), minlength=tall * bins)
+    return counts.view(height, bins).double().numpy()
+
+
+def _exact_sums(values: Tensor, bounds: Tensor, origin: Array) -> tuple[Array, Array, Array]:
+    """Count and sum of x - origin per cluster [rows, k], and the sum of their squares per row [rows]."""
+    height, n = values.shape
+    k = bounds.shape[1] + 1
+    count = np.zeros((height, k + 1))
+    moment = np.zeros((height, k + 1))
+    square = np.zeros(height)
+    shift = torch.from_numpy(origin)
+    relative = bounds.double() - shift
+    for part, columns in _blocks(height, n):
+        chunk = values[part, columns]
+        offset = chunk.double().sub_(shift[part])
+        wide = chunk.shape[1]
+        count[part, 0] += wide
+        moment[part, 0] += offset.sum(1).numpy()
+        for number in range(k - 1):
+            column = slice(number, number + 1)
+            above = torch.count_nonzero(chunk >= bounds[part, column], dim=1).numpy()
+            # sum of max(x, b) is b for each value below, and x for the others.
+            clamped = offset.clamp(min=relative[part, column]).sum(1).numpy()
+            count[part, number + 1] += above
+            moment[part, number + 1] += clamped - relative[part, number].numpy() * (wide - above)
+        square[part] += torch.linalg.vecdot(offset, offset).numpy()
+    return -np.diff(count), -np.diff(moment), square
+
+
+def _newton_step(at: Array, weight: Array, moment: Array, density: Array) -> Array:
+    """Step of the boundaries towards the middle between the centres on either side (Lloyd's condition)."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        center = moment / weight
+        left = density * (at - center[:, :-1]) / (2 * weight[:, :-1])
+        right = density * (center[:, 1:] - at) / (2 * weight[:, 1:])
+    residual = at - (center[:, 1:] + center[:, :-1]) / 2
+    number = at.shape[1]
+    jacobian = np.zeros((len(at), number, number))
+    diagonal = np.arange(number)
+    jacobian[:, diagonal, diagonal] = 1 - left - right
+    jacobian[:, diagonal[1:], diagonal[:-1]] = -right[:, :-1] * weight[:, 1:-1] / weight[:, 1:-1]
+    jacobian[:, diagonal[:-1], diagonal[1:]] = -left[:, 1:]
+    usable = np.isfinite(jacobian).all((1, 2)) & np.isfinite(residual).all(1)
+    usable[usable] = np.abs(np.linalg.det(jacobian[usable])) > 1e-3
+    step = np.where(np.isfinite(residual), -residual, 0)
+    step[usable] = -np.linalg.solve(jacobian[usable], residual[usable][..., None])[..., 0]
+    return np.clip(step, -1, 1)
+
+
+# --- The search ------------------------------------------------------------------------------------------
+
+
+class _PrefixSums:
+    """Weight (in total 1) and first moment of the points before each position, for ascending points.
+
+    mass, points: [rows, m], points relative to their mean; weight, sum: [rows, m + 1].
+    """
+
+    def __init__(self, mass: Array, points: Array) -> None:
+        self.mass = mass
+        self.points = points
+        shape = (mass.shape[0], mass.shape[1] + 1)
+        self.weight = np.zeros(shape)
+        self.sum = np.zeros(shape)
+        np.cumsum(mass, axis=1, out=self.weight[:, 1:])
+        moment = mass * points
+        np.cumsum(moment, axis=1, out=self.sum[:, 1:])
+        self.inertia = np.einsum("ij,ij->i", moment, points)
+
+    def take(self, rows: Array) -> _PrefixSums:
+        chosen = object.__new__(_PrefixSums)
+        for name in ("mass", "points", "weight", "sum", "inertia"):
+            setattr(chosen, name, getattr(self, name)[rows])
+        return chosen
+
+    def density(self, place: Array) -> Array:
+        """Mass per bin around a place, over three bins."""
+        last = self.mass.shape[1]
+        index = np.floor(place).astype(np.int64)
+        above = np.take_along_axis(self.weight, np.clip(index + 2, 0, last), axis=1)
+        return (above - np.take_along_axis(self.weight, np.clip(index - 1, 0, last), axis=1)) / 3
+
+    def between(self, place: Array) -> tuple[Array, Array]:
+        """Weight and moment between places, with the mass of a bin spread evenly over it."""
+        index = np.clip(np.floor(place).astype(np.int64), 0, self.mass.shape[1] - 1)
+        part = place - index
+        mass = np.take_along_axis(self.mass, index, axis=1)
+        start = np.take_along_axis(self.points, index, axis=1) - 0.5
+        weight = np.take_along_axis(self.weight, index, axis=1) + part * mass
+        moment = np.take_along_axis(self.sum, index, axis=1) + part * mass * (start + part / 2)
+        ends = ((0, 0), (1, 0))
+        weight, moment = np.pad(weight, ends), np.pad(moment, ends)
+        return (
+            np.diff(np.concatenate([weight, self.weight[:, -1:]], axis=1)),
+            np.diff(np.concatenate([moment, self.sum[:, -1:]], axis=1)),
+        )
+
+
+def _gain(weight: Array, total: Array) -> Array:
+    """What a cluster takes off the inertia: S² / W, 0 for an empty one, -inf for a reversed one."""
+    return np.where(weight < 0, -np.inf, total * total / np.maximum(weight, 1e-300))
+
+
+def _search(sums: _PrefixSums, k: int) -> tuple[Array, Array]:
+    """Best positions of k - 1 boundaries [rows, k - 1] (between 0 and m, ascending) and their inertia."""
+    rows, m = sums.mass.shape
+    cuts = np.zeros((rows, k - 1), dtype=np.int64)
+    inertia = sums.inertia.copy()
+    if k == 1:
+        return cuts, inertia
+    left = np.arange(rows)
+    for size in _SKETCHES:
+        height = max(1, _BLOCK // (8 * size * size))
+        hard = []
+        for top in range(0, len(left), height):
+            block = left[top : top + height]
+            part = sums if len(block) == rows else sums.take(block)
+            cuts[block], inertia[block], hidden = _search_sketch(part, k, size)
+            hard.append(block[hidden > _HIDDEN * inertia[block]])
+        left = np.concatenate(hard)
+        if size >= m or not len(left):
+            break
+    return cuts, inertia
+
+
+def _search_sketch(sums: _PrefixSums, k: int, size: int) -> tuple[Array, Array, Array]:
+    """Boundaries, inertia, and the inertia that the sketch of about `size` positions does not resolve."""
+    positions = _sketch(sums, size)
+    weight = np.take_along_axis(sums.weight, positions, axis=1)
+    total = np.take_along_axis(sums.sum, positions, axis=1)
+    size = positions.shape[1]
+    # gains[:, j, i]: of the cluster from position i up to position j.
+    gains = weight[:, :, None] - weight[:, None, :]
+    np.maximum(gains, 1e-300, out=gains)
+    moment = total[:, :, None] - total[:, None, :]
+    np.divide(np.square(moment, out=moment), gains, out=gains)
+    gains += np.triu(np.full((size, size), -np.inf), 1)
+    hidden = sums.inertia - np.diagonal(gains, -1, 1, 2).sum(1)
+    best = gains[:, :, 0]
+    choices = []
+    for _ in range(k - 2):
+        candidates = gains + best[:, None, :]
+        choice = candidates.argmax(2)
+        best = np.take_along_axis(candidates, choice[:, :, None], axis=2)[:, :, 0]
+        choices.append(choice)
+    last = best + gains[:, -1, :]
+    row, end = _peaks(last, sums.inertia)
+    ends = [end]
+    for choice in reversed(choices):
+        ends.insert(0, choice[row, ends[0]])
+    cuts = positions[row[:, None], np.stack(ends, axis=1)]
+    gain = _climb(sums, row, cuts)
+    # The best candidate of each row: candidates are ordered by row.
+    order = np.lexsort((-gain, row))
+    first = order[np.unique(row[order], return_index=True)[1]]
+    # A sketch of all positions hides nothing.
+    hidden = np.zeros_like(hidden) if size > sums.mass.shape[1] else hidden
+    return cuts[first], sums.inertia - gain[first], hidden
+
+
+def _sketch(sums: _PrefixSums, size: int) -> Array:
+    """Positions [rows, about size] that resolve the values well, ascending, with 0 and m."""
+    rows, m = sums.mass.shape
+    if m <= size:
+        return np.broadcast_to(np.arange(m + 1), (rows, m + 1))
+    # A boundary that is off by h costs density * h², so most positions go with the root of the density;
+    # others with the mass, and some close to both ends, where one value can be a cluster.
+    half, quarter = size // 2, size // 4
+    measure = np.diff(sums.points, axis=1, prepend=sums.points[:, :1])
+    measure *= sums.mass
+    np.sqrt(np.maximum(measure, 0, out=measure), out=measure)
+    np.cumsum(measure, axis=1, out=measure)
+    by_root = _quantiles(measure, half)
+    by_mass = _quantiles(sums.weight[:, 1:], quarter) + 1
+    tail = np.unique(np.geomspace(1, max(2, m // 4), size - half - quarter - 2, dtype=np.int64) // 1)
+    tail = tail[: (size - half - quarter - 2) // 2 + 1]
+    used = np.count_nonzero(sums.weight[:, :-1] < sums.weight[:, -1:], axis=1)[:, None]
+    fixed = np.broadcast_to(np.array([0, m]), (rows, 2))
+    near_low = np.broadcast_to(tail, (rows, len(tail)))
+    positions = np.concatenate([fixed, by_root, by_mass, near_low, np.maximum(used - tail, 0)], axis=1)
+    positions.sort(axis=1)
+    return positions
+
+
+def _quantiles(ascending: Array, number: int) -> Array:
+    fractions = (np.arange(number) + 0.5) / number
+    targets = torch.from_numpy(ascending[:, -1:] * fractions)
+    return torch.searchsorted(torch.from_numpy(np.ascontiguousarray(ascending)), targets).numpy()
+
+
+def _peaks(gain: Array, inertia: Array) -> tuple[Array, Array]:
+    """Local maxima of [rows, size] that may lead to the global one: row numbers, in order, and columns."""
+    best = gain.max(1, keepdims=True)
+    peak = gain >= best - _RIVAL * (inertia[:, None] - best)
+    peak[:, 1:] &= gain[:, 1:] > gain[:, :-1]
+    peak[:, :-1] &= gain[:, :-1] >= gain[:, 1:]
+    # With equal neighbours everywhere there may be no peak; the best column always is one.
+    peak[np.arange(len(gain)), gain.argmax(1)] = True
+    row, column = np.nonzero(peak)
+    return row, column
+
+
+def _climb(sums: _PrefixSums, row: Array, cuts: Array) -> Array:
+    """Move cuts [q, k - 1] of rows row [q], in place, to a local optimum; returns their gain [q].
+
+    A dynamic program over all combinations of steps of all boundaries, until none is better.
+    """
+    steps = np.array(sorted({0, *_STEPS, *(-step for step in _STEPS)}))
+    gain = np.full(len(row), -np.inf)
+    active = np.arange(len(row))
+    height = max(1, _CHUNK // (2 * len(steps) ** 2))
+    for _ in range(_ROUNDS):
+        moving = []
+        for top in range(0, len(active), height):
+            block = active[top : top + height]
+            better, new = _best_step(sums, row[block], cuts[block], steps)
+            moved = better > gain[block] + 1e-16
+            gain[block] = np.maximum(better, gain[block])
+            cuts[block[moved]] = new[moved]
+            moving.append(block[moved])
+        active = np.concatenate(moving)
+        if not len(active):
+            break
+    return gain
+
+
+def _best_step(sums: _PrefixSums, row: Array, cuts: Array, steps: Array) -> tuple[Array, Array]:
+    """The best combination of steps: gain [q] and new cuts [q, k - 1]."""
+    m = sums.mass.shape[1]
+    places = np.clip(cuts[:, :, None] + steps, 0, m)
+    rows = row[:, None, None]
+    weight, total = sums.weight[rows, places], sums.sum[rows, places]
+    best = _gain(weight[:, 0], total[:, 0])
+    choices = []
+    for number in range(1, cuts.shape[1]):
+        between = weight[:, number, :, None] - weight[:, number - 1, None, :]
+        moment = total[:, number, :, None] - total[:, number - 1, None, :]
+        candidates = _gain(between, moment)
+        candidates += best[:, None, :]
+        choice = candidates.argmax(2)
+        best = np.take_along_axis(candidates, choice[:, :, None], axis=2)[:, :, 0]
+        choices.append(choice)
+    best = best + _gain(sums.weight[row, -1:] - weight[:, -1], sums.sum[row, -1:] - total[:, -1])
+    choice = best.argmax(1)
+    gain = best[np.arange(len(row)), choice]
+    new = np.empty_like(cuts)
+    for number in range(cuts.shape[1] - 1, -1, -1):
+        new[:, number] = places[np.arange(len(row)), number, choice]
+        if number:
+            choice = choices[number - 1][np.arange(len(row)), choice]
+    return gain, new

@@ -181,8 +181,7 @@ class SplitActivation(nn.Module):
         """Apply each activation to its chunk."""
         chunks = torch.tensor_split(input, len(self.chunk_names), dim=self.dim)
         outputs = [
-            cast(nn.Module, self._modules[name])(chunk)
-            for name, chunk in zip(self.chunk_names, chunks, strict=True)
+            cast(nn.Module, self._modules[name])(chunk) for name, chunk in zip(self.chunk_names, chunks, strict=True)
         ]
         output = torch.cat(outputs, dim=self.dim)
         return input.copy_(output) if self.inplace else output

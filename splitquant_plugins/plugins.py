@@ -84,8 +84,7 @@ class Registered:
             return getattr(import_module(module), attribute)()
         except (ImportError, AttributeError) as error:
             raise PluginError(
-                f"plugin {self.plugin!r} registered {self.name!r} as {self.factory!r}, "
-                f"which cannot be loaded: {error}"
+                f"plugin {self.plugin!r} registered {self.name!r} as {self.factory!r}, which cannot be loaded: {error}"
             ) from error
 
 
@@ -98,6 +97,10 @@ class Plugins:
         self.infos: list[PluginInfo] = []
         self.splitters: dict[str, Registered] = {}
         self.backends: dict[str, Registered] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plugins:
+        """Copies of a recipe share the plugins, which are code."""
+        return self
 
     @classmethod
     def load(cls, environment: Mapping[str, str] | None = None) -> Plugins:
@@ -262,9 +265,7 @@ class _SplitterDispatch:
         self._plugins = plugins
 
     @hookspecs.hookimpl(trylast=True)
-    def splitquant_split_tensor(
-        self, tensor: Tensor, plan: TensorPlan, grid: Grid | None
-    ) -> Sequence[Tensor]:
+    def splitquant_split_tensor(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> Sequence[Tensor]:
         return self._plugins.splitter(plan.splitter).split(tensor, plan, grid)
 
 

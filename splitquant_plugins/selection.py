@@ -49,15 +49,11 @@ class Selection:
     kept: list[KeptLayer]
 
 
-def select_layers(
-    model: nn.Module, config: SplitConfig, plugins: Plugins, leave: Sequence[str] = ()
-) -> Selection:
+def select_layers(model: nn.Module, config: SplitConfig, plugins: Plugins, leave: Sequence[str] = ()) -> Selection:
     """Ask the plugins about every module; `leave` are patterns of names that the recipe does not quantize."""
     _refuse_idle_patterns(model, config)
     selection = Selection([], [])
-    embeddings = {
-        id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding)
-    }
+    embeddings = {id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     inside: list[str] = []
     for module, names in occurrences(model):
         if any(name.startswith(prefix) for name in names for prefix in inside):
@@ -99,9 +95,7 @@ def _reason(
     if not config.untie_embeddings:
         for parameter in module.parameters(recurse=False):
             if id(parameter) in embeddings:
-                return (
-                    f"its weight is that of embedding {embeddings[id(parameter)]}; untie_embeddings splits it"
-                )
+                return f"its weight is that of embedding {embeddings[id(parameter)]}; untie_embeddings splits it"
     return None
 
 

@@ -40,9 +40,7 @@ def rebuild(model: nn.Module, manifest: Manifest, plugins: Plugins) -> nn.Module
     return model
 
 
-def _find(
-    model: nn.Module, record: LayerRecord, manifest: Manifest, plugins: Plugins
-) -> tuple[nn.Module, LayerPlan]:
+def _find(model: nn.Module, record: LayerRecord, manifest: Manifest, plugins: Plugins) -> tuple[nn.Module, LayerPlan]:
     try:
         module = model.get_submodule(record.name)
     except AttributeError:
@@ -76,7 +74,6 @@ def _empty_parts(
     if source is not None:
         weights = [part.weight for part in source.parts()]
     biases = [
-        empty(plan.bias) if plan.bias is not None and name in record.bias_parts else None
-        for name in record.parts
+        empty(plan.bias) if plan.bias is not None and name in record.bias_parts else None for name in record.parts
     ]
     return {"weight": list(weights), "bias": biases}

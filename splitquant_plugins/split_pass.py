@@ -34,10 +34,13 @@ class ModelPass(ABC):
 
     plugins: Plugins
 
+    @property
+    def splits_activations(self) -> bool:
+        """Whether the pass splits activation layers, which weight-only backends refuse."""
+        return False
+
     @abstractmethod
-    def apply(
-        self, model: nn.Module, *, grid: Grid | GridRule | None = None, leave: Sequence[str] = ()
-    ) -> nn.Module:
+    def apply(self, model: nn.Module, *, grid: Grid | GridRule | None = None, leave: Sequence[str] = ()) -> nn.Module:
         """Rewrite the model in place and return it.
 
         `grid` is the grid that the recipe will round to, for all layers or by name; `leave` are patterns of
@@ -62,9 +65,12 @@ class PassSequence(ModelPass):
         self.passes = tuple(passes)
         self.plugins = self.passes[0].plugins
 
-    def apply(
-        self, model: nn.Module, *, grid: Grid | GridRule | None = None, leave: Sequence[str] = ()
-    ) -> nn.Module:
+    @property
+    def splits_activations(self) -> bool:
+        """Whether any of the passes splits activation layers."""
+        return any(one.splits_activations for one in self.passes)
+
+    def apply(self, model: nn.Module, *, grid: Grid | GridRule | None = None, leave: Sequence[str] = ()) -> nn.Module:
         """Run the passes in order."""
         for one in self.passes:
             model = one.apply(model, grid=grid, leave=leave)
@@ -90,9 +96,7 @@ class SplitQuantPass(ModelPass):
         **options: Any,
     ) -> None:
         if isinstance(jobs, bool) or not isinstance(jobs, int) or (jobs < 1 and jobs != -1):
-            raise ConfigError(
-                f"jobs={jobs!r}: give the number of layers to work on at once, or -1 for all cores"
-            )
+            raise ConfigError(f"jobs={jobs!r}: give the number of layers to work on at once, or -1 for all cores")
         self.plugins = plugins or Plugins.load()
         own = {key: value for key, value in options.items() if key in SplitConfig.model_fields}
         self.config = config_from(own)
@@ -102,22 +106,23 @@ class SplitQuantPass(ModelPass):
         rest = {key: value for key, value in options.items() if key not in own}
         unknown = set(rest) - set(self._splitter.Options.model_fields)
         if unknown:
-            allowed = sorted(
-                [*SplitConfig.model_fields, *self._splitter.Options.model_fields, "jobs", "progress"]
-            )
+            allowed = sorted([*SplitConfig.model_fields, *self._splitter.Options.model_fields, "jobs", "progress"])
             raise ConfigError(
                 f"SplitQuantPass with splitter {self.config.splitter!r} has no option "
                 f"{', '.join(map(repr, sorted(unknown)))}; it takes: {', '.join(allowed)}"
             )
         self.splitter_options = validated(self._splitter.Options, rest, f"splitter {self.config.splitter!r}")
 
+    @property
+    def splits_activations(self) -> bool:
+        """Whether activation layers are split too."""
+        return self.config.activations
+
     def __repr__(self) -> str:
         chosen = {**self.config.model_dump(exclude_defaults=True), **self.splitter_options.model_dump()}
         return f"SplitQuantPass({', '.join(f'{key}={value!r}' for key, value in chosen.items())})"
 
-    def apply(
-        self, model: nn.Module, *, grid: Grid | GridRule | None = None, leave: Sequence[str] = ()
-    ) -> nn.Module:
+    def apply(self, model: nn.Module, *, grid: Grid | GridRule | None = None, leave: Sequence[str] = ()) -> nn.Module:
         """Split the model's layers in place and return the model.
 
         On an error the layers that were already split are put back.

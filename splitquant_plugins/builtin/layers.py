@@ -27,9 +27,7 @@ def splitquant_select_layer(name: str, module: nn.Module, config: SplitConfig) -
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return Skip("transposed convolutions are not supported")
     if isinstance(module, nn.MultiheadAttention):
-        return Skip(
-            "nn.MultiheadAttention keeps its weights as parameters of its own; split an exported graph"
-        )
+        return Skip("nn.MultiheadAttention keeps its weights as parameters of its own; split an exported graph")
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return Skip("nn.MultiheadAttention applies this weight itself; split an exported graph instead")
     is_hugging_face = _is_hugging_face_conv1d(module)

@@ -1,0 +1,76 @@
+"""quanto as a backend of the command line and of the matrix."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from splitquant_plugins.backends import Backend, Batch, QuantizedModel, Support, WeightFormat
+from splitquant_plugins.checkpoint import state_bytes
+from splitquant_plugins.grid import Grid
+from splitquant_plugins.manifest import manifest_of
+from splitquant_plugins.split_pass import ModelPass
+
+
+class QuantoBackend(Backend):
+    """optimum-quanto, weights only: affine rows or groups at INT2 and INT4, symmetric rows at INT8."""
+
+    name = "quanto"
+    extra = "quanto"
+    packages = ("optimum-quanto", "accelerate")
+    support: ClassVar = {
+        "int2": Support(("channel",), ("affine",)),
+        "int4": Support(("channel",), ("affine",)),
+        "int8": Support(("channel",), ("symmetric",)),
+    }
+
+    def grid(self, chosen: WeightFormat) -> Grid:
+        """Return quanto's grid at that width."""
+        from splitquant_quanto.grid import QuantoGrid
+
+        return QuantoGrid(chosen.bits)
+
+    def quantize(
+        self,
+        model: nn.Module,
+        chosen: WeightFormat,
+        first: ModelPass | None = None,
+        batches: Iterable[Batch] = (),
+    ) -> QuantizedModel:
+        """Quantize and freeze in place; no example inputs are needed."""
+        from splitquant_quanto.quantization import quantize_after, stored_layers
+
+        started = time.perf_counter()
+        model = quantize_after(first, model, chosen.weights)
+        seconds = time.perf_counter() - started
+        manifest = manifest_of(model) if first is not None else None
+        split_seconds = manifest.seconds if manifest else 0.0
+
+        def run(batch: Batch) -> Tensor:
+            return model(**batch).logits
+
+        return QuantizedModel(
+            model=model,
+            run=run,
+            layers=stored_layers(model),
+            state_bytes=state_bytes(model.state_dict()),
+            split_seconds=split_seconds,
+            quantize_seconds=seconds - split_seconds,
+            manifest=manifest,
+        )
+
+    def save(self, quantized: QuantizedModel, folder: Path) -> None:
+        """Save as `splitquant_quanto.save` does."""
+        from splitquant_quanto.storage import save
+
+        save(quantized.model, folder)
+
+    def load(self, folder: Path) -> nn.Module:
+        """Load as `splitquant_quanto.load` does."""
+        from splitquant_quanto.storage import load
+
+        return load(folder)

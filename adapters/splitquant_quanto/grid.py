@@ -1,0 +1,92 @@
+"""The grid that quanto rounds a weight to, with the zero-exact optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from optimum.quanto import AbsmaxOptimizer, qint2, qint4, qint8, quantize_weight
+from torch import Tensor
+
+from splitquant_plugins.errors import ConfigError
+from splitquant_plugins.grid import GridGranularity, Scheme, UniformGrid
+from splitquant_quanto.optimizer import ZeroExactOptimizer
+
+QTYPES = {2: qint2, 4: qint4, 8: qint8}
+
+
+def group_size_of(in_features: int, bits: int) -> int | None:
+    """Return the group size that quanto takes for a weight: at most 128, None for whole rows.
+
+    Only INT2 and INT4 weights with more than 128 inputs are grouped, by the largest of 128, 96, 64 and 32
+    that divides their number.
+    """
+    if bits >= 8 or in_features <= 128:
+        return None
+    return next((size for size in (128, 96, 64, 32) if in_features % size == 0), None)
+
+
+@dataclass(frozen=True)
+class QuantoGrid:
+    """quanto's weights: INT2 and INT4 affine per row or group, INT8 symmetric per row."""
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in QTYPES:
+            raise ConfigError(f"bits={self.bits}: quanto has weights of 2, 4 and 8 bits")
+
+    @property
+    def scheme(self) -> Scheme:
+        """Affine below 8 bits."""
+        return "symmetric" if self.bits == 8 else "affine"
+
+    @property
+    def granularity(self) -> GridGranularity:
+        """Per channel; quanto groups the rows of wide layers by itself."""
+        return "channel"
+
+    @property
+    def group_size(self) -> int | None:
+        """None: it follows from each weight's shape."""
+        return None
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Lowest and highest code."""
+        return self._uniform(torch.Size([1, 1])).code_range
+
+    def _uniform(self, shape: torch.Size) -> UniformGrid:
+        size = group_size_of(shape[1:].numel(), self.bits)
+        return UniformGrid(self.bits, self.scheme, "group" if size else "channel", size)
+
+    def cells(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Cut a weight into 2-D views [cells, values]."""
+        return self._uniform(tensor.shape).cells(tensor)
+
+    def from_cells(self, cells: Sequence[Tensor], shape: torch.Size) -> Tensor:
+        """Put what `cells` cut back together."""
+        return self._uniform(shape).from_cells(cells, shape)
+
+    def qparams(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of 2-D `cells`, each of shape [cells, 1]."""
+        return self._uniform(torch.Size([1, 1])).qparams(cells)
+
+    def quantize_dequantize(self, tensor: Tensor) -> Tensor:
+        """Round a weight with quanto's own functions."""
+        if self.bits == 8:
+            scale, shift, size = AbsmaxOptimizer()(tensor, qtype=qint8, axis=0), None, None
+        else:
+            size = group_size_of(tensor.shape[1:].numel(), self.bits)
+            scale, shift = ZeroExactOptimizer()(tensor, qtype=QTYPES[self.bits], axis=0, group_size=size)
+        rounded = quantize_weight(
+            tensor, qtype=QTYPES[self.bits], axis=0, scale=scale, shift=shift, group_size=size, activation_qtype=None
+        )
+        return rounded.dequantize()
+
+    def stored_bits(self, shape: torch.Size) -> int:
+        """Bits that a weight of this shape takes: codes, and 32 for each scale and each shift."""
+        uniform = self._uniform(shape)
+        cells = sum(part.shape[0] for part in uniform.cells(torch.empty(shape, device="meta")))
+        return shape.numel() * self.bits + cells * (32 if self.bits == 8 else 64)

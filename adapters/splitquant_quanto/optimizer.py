@@ -1,0 +1,47 @@
+"""A quanto optimizer whose grid has an exact zero.
+
+quanto's INT2 and INT4 weights are affine with a shift in floating point, x = scale · code − shift, so that 0
+lies between two codes. A part of a split layer is mostly zeros, and each of them would come back as up to half
+a step. Here the range includes 0 and the shift is a whole number of steps, so a zero comes back as 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from optimum.quanto import AffineOptimizer, MaxOptimizer, qtype
+from torch import Tensor, nn
+
+
+class ZeroExactOptimizer(AffineOptimizer):
+    """Give the scale of another affine optimizer, and a shift that is a multiple of it.
+
+    For quanto's default, MaxOptimizer, the range is widened to include 0 first. A cell of zeros has scale 1.
+    """
+
+    def __init__(self, inner: AffineOptimizer | None = None) -> None:
+        self.inner = MaxOptimizer() if inner is None else inner
+
+    def optimize(self, base: Tensor, qtype: qtype, axis: int | None) -> tuple[Tensor, Tensor]:
+        """Return scale and shift, each of the shape of `base` reduced over all but `axis`."""
+        levels = 2**qtype.bits - 1
+        if type(self.inner) is MaxOptimizer:
+            dim = list(range(1, base.ndim)) if axis == 0 else list(range(0, base.ndim - 1))
+            if axis is None:
+                dim = list(range(base.ndim))
+            low = base.amin(dim=dim, keepdim=True).clamp(max=0)
+            high = base.amax(dim=dim, keepdim=True).clamp(min=0)
+            scale, shift = (high - low) / levels, -low
+        else:
+            scale, shift = self.inner.optimize(base, qtype, axis)
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        return scale, torch.round(shift / scale).clamp(0, levels) * scale
+
+
+def make_zero_exact(module: nn.Module) -> None:
+    """Wrap the optimizer of a quanto module below 8 bits; quanto's 8-bit weights are symmetric and exact."""
+    qtype = getattr(module, "weight_qtype", None)
+    optimizer = getattr(module, "optimizer", None)
+    if qtype is None or qtype.bits >= 8 or not isinstance(optimizer, AffineOptimizer):
+        return
+    if not isinstance(optimizer, ZeroExactOptimizer):
+        module.optimizer = ZeroExactOptimizer(optimizer)

@@ -1,0 +1,94 @@
+"""Quantizing a model with quanto behind a pass, and reading what it stores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from optimum.quanto import QTensor, freeze, quantize
+from optimum.quanto.nn import QModuleMixin
+from torch import nn
+
+from splitquant_plugins.backends import StoredWeight
+from splitquant_plugins.errors import ConfigError, InputError
+from splitquant_plugins.modules import SplitModule
+from splitquant_plugins.split_pass import ModelPass
+from splitquant_quanto.grid import QuantoGrid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LAYERS = (nn.Linear, nn.Conv2d)
+
+
+def refuse_activations(first: ModelPass) -> None:
+    """Raise ConfigError where the pass splits activations, which quanto's weight-only recipes do not quantize."""
+    if first.splits_activations:
+        raise ConfigError(
+            "activations=True: the quanto adapter quantizes weights only, and a split activation would gain "
+            "nothing; use the pt2e or inc backend for activations"
+        )
+
+
+def quantize_after(
+    first: ModelPass | None,
+    model: nn.Module,
+    weights: str,
+    *,
+    leave: Sequence[str] = (),
+    kinds: tuple[type[nn.Module], ...] = LAYERS,
+) -> nn.Module:
+    """Run the pass `first`, then quantize and freeze the layers of those kinds; return the model.
+
+    `leave` are patterns of layer names that stay float. Raises InputError where no layer is quantized.
+    """
+    if first is not None:
+        refuse_activations(first)
+        unsupported = [n for n, m in model.named_modules() if _splittable(m) and not isinstance(m, kinds)]
+        model = first.apply(model, grid=QuantoGrid(int(weights.removeprefix("int"))), leave=[*leave, *unsupported])
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds) and not _left(name, leave)]
+    if not names:
+        raise InputError(f"quanto finds no layer to quantize in {type(model).__name__}")
+    quantize(model, weights=f"q{weights}", include=names)
+    freeze(model)
+    missed = [name for name in names if not isinstance(getattr(model.get_submodule(name), "weight", None), QTensor)]
+    if missed:
+        raise InputError(f"quanto did not quantize {len(missed)} of {len(names)} layers, {missed[0]} among them")
+    return model
+
+
+def stored_layers(model: nn.Module) -> dict[str, list[StoredWeight]]:
+    """Return what every quantized layer stores, by the name it had when it was float, a list of its parts."""
+    layers: dict[str, list[StoredWeight]] = {}
+    owners = {
+        f"{name}.{part}": name
+        for name, module in model.named_modules()
+        if isinstance(module, SplitModule)
+        for part in module.part_names
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, QModuleMixin) and isinstance(module.weight, QTensor):
+            weight = module.weight.dequantize()
+            layers.setdefault(owners.get(name, name), []).append(StoredWeight(weight, 8 * stored_bytes(module.weight)))
+    return layers
+
+
+def stored_bytes(weight: Tensor) -> int:
+    """Bytes of a quanto weight: packed codes, scales and shifts."""
+    names, _ = weight.__tensor_flatten__()
+    total = 0
+    for name in names:
+        inner = getattr(weight, name)
+        packed = getattr(inner, "_data", inner)
+        total += packed.numel() * packed.element_size()
+    return total
+
+
+def _splittable(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or type(module).__name__ == "Conv1D"
+
+
+def _left(name: str, leave: Sequence[str]) -> bool:
+    owner = name.rpartition(".")[0]
+    return any(fnmatchcase(name, pattern) or fnmatchcase(owner, pattern) for pattern in leave)

@@ -1,0 +1,94 @@
+"""`SplitQuantPass() + QuantoConfig(...)`: a quantization method of transformers that splits, then quantizes.
+
+transformers swaps Linear layers for quanto's before the weights are loaded. A split needs the weights, so this
+method loads the float model first, and splits, quantizes and freezes it then.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import QuantoConfig
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.quantizer_quanto import QuantoHfQuantizer
+from transformers.utils import logging
+
+from splitquant_plugins.errors import ConfigError
+from splitquant_plugins.split_pass import ModelPass
+from splitquant_quanto.quantization import quantize_after, refuse_activations
+
+METHOD = "splitquant_quanto"
+WEIGHTS = ("int2", "int4", "int8")
+
+
+class SplitQuantoConfig(QuantoConfig):
+    """A QuantoConfig with a pass in front."""
+
+    def __init__(self, weights: str = "int8", first: ModelPass | None = None, **options: Any) -> None:
+        super().__init__(weights=weights, **options)
+        self.quant_method = METHOD
+        self.first = first
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as JSON takes them; the pass is written as it prints."""
+        return {**{key: value for key, value in self.__dict__.items() if key != "first"}, "first": repr(self.first)}
+
+
+class SplitQuantoHfQuantizer(QuantoHfQuantizer):
+    """Loads the float weights, then splits, quantizes and freezes."""
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        self.modules_to_not_convert = self.get_modules_to_not_convert(
+            model, self.quantization_config.modules_to_not_convert, model._keep_in_fp32_modules
+        )
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        leave = left_by(model, self.modules_to_not_convert or [])
+        config = self.quantization_config
+        return quantize_after(config.first, model, config.weights, leave=leave, kinds=(nn.Linear,))
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """No: everything is quantized after loading."""
+        return False
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """No: transformers cannot rebuild a split model; splitquant_quanto.save can."""
+        logging.get_logger(__name__).warning(
+            "save a split quanto model with splitquant_quanto.save(model, folder), and load it with "
+            "splitquant_quanto.load(folder)"
+        )
+        return False
+
+
+def attach(first: ModelPass, recipe: QuantoConfig) -> SplitQuantoConfig:
+    """Return a recipe with the arguments of `recipe` that runs the pass before it quantizes."""
+    if isinstance(recipe, SplitQuantoConfig):
+        raise ConfigError("this QuantoConfig has a pass attached already; a model is split once")
+    refuse_activations(first)
+    if recipe.activations is not None:
+        raise ConfigError(f"QuantoConfig(activations={recipe.activations!r}): the quanto adapter is for weights only")
+    if recipe.weights not in WEIGHTS:
+        raise ConfigError(f"QuantoConfig(weights={recipe.weights!r}): a split is for {', '.join(WEIGHTS)}")
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(SplitQuantoConfig)
+        register_quantizer(METHOD)(SplitQuantoHfQuantizer)
+    return SplitQuantoConfig(recipe.weights, first, modules_to_not_convert=recipe.modules_to_not_convert)
+
+
+def left_by(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of modules that transformers' `modules_to_not_convert` excludes, by its own rules.
+
+    A pattern matches from the start up to a dot, as text or as a regular expression, or as the end of a name.
+    """
+
+    def excluded(name: str) -> bool:
+        return any(re.match(rf"(?:{p})(?:(?<=\.)|(?=\.|$))", name) or name.endswith(p) for p in patterns)
+
+    return [name for name, _ in model.named_modules() if name and excluded(name)]

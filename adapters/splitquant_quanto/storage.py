@@ -1,0 +1,175 @@
+"""Saving a split, quantized model as safetensors and JSON, and loading it back.
+
+A folder holds config.json (of a transformers model), model.safetensors (packed codes, scales, shifts and the
+rest of the state), quanto_qmap.json (what quanto quantized), splitquant_manifest.json (what was split) and
+splitquant_storage.json. transformers' and quanto's own loaders build the unsplit architecture and skip what
+does not fit it; `load` rebuilds the split one first, and takes a missing or unexpected tensor for an error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import init_empty_weights
+from optimum.quanto import quantization_map, requantize
+from optimum.quanto.models.transformers_models import QuantizedTransformersModel
+from optimum.quanto.nn import QModuleMixin
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from splitquant_plugins.checkpoint import read_tensors, untied_state, write_tensors
+from splitquant_plugins.errors import InputError, SkeletonMismatchError
+from splitquant_plugins.files import read_json, write_json
+from splitquant_plugins.manifest import FILE_NAME, Manifest, apply_manifest, manifest_of
+from splitquant_plugins.split_pass import SplitQuantPass
+from splitquant_plugins.transformers_models import empty_model
+from splitquant_quanto.quantization import quantize_after
+
+WEIGHTS_FILE = "model.safetensors"
+QMAP_FILE = "quanto_qmap.json"
+STORAGE_FILE = "splitquant_storage.json"
+
+
+class Storage(BaseModel):
+    """What is needed beside the tensors: tensors that share memory with another, by name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    backend: Literal["quanto"] = "quanto"
+    same_as: dict[str, str] = {}
+
+
+class _QMapEntry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    weights: Literal["qint2", "qint4", "qint8"]
+    activations: Literal["none"]
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Save a split model that quanto has quantized and frozen.
+
+    Raises SkeletonMismatchError where the model was not split, InputError where it is not quantized.
+    """
+    folder = Path(folder)
+    manifest = manifest_of(model)
+    qmap = quantization_map(model)
+    if not qmap:
+        raise InputError(f"{type(model).__name__} holds no quanto layer; call quantize and freeze first")
+    unfrozen = [name for name in qmap if not model.get_submodule(name).frozen]
+    if unfrozen:
+        raise InputError(f"{unfrozen[0]} is not frozen; call optimum.quanto.freeze(model) before saving")
+    folder.mkdir(parents=True, exist_ok=True)
+    state, same_as = untied_state(model.state_dict())
+    write_tensors(folder / WEIGHTS_FILE, state)
+    write_json(folder / QMAP_FILE, qmap)
+    write_json(folder / STORAGE_FILE, Storage(same_as=same_as).model_dump())
+    if isinstance(model, PreTrainedModel):
+        config = model.config.to_dict()
+        config.pop("quantization_config", None)
+        write_json(folder / "config.json", {**config, "architectures": [type(model).__name__]})
+    manifest.save(folder)
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load what `save` saved, in evaluation mode.
+
+    A transformers model is made from config.json; for any other, pass the unsplit float `model` to load into.
+    Raises InputError for a missing or damaged file, SkeletonMismatchError where the files and the model do
+    not fit each other.
+    """
+    folder = Path(folder)
+    manifest = Manifest.load(folder)
+    qmap = _read_qmap(folder / QMAP_FILE)
+    try:
+        storage = Storage.model_validate(read_json(folder / STORAGE_FILE))
+    except ValidationError as error:
+        raise InputError(f"{folder / STORAGE_FILE} is damaged: {error.errors()[0]['msg']}") from None
+    if model is None:
+        config = AutoConfig.from_pretrained(folder)
+        with init_empty_weights():
+            model = empty_model(config, folder)
+    model = apply_manifest(model, manifest)
+    for name in qmap:
+        if name not in dict(model.named_modules()):
+            raise SkeletonMismatchError(f"{folder} quantizes {name}, which {type(model).__name__} does not have")
+    state = read_tensors(folder / WEIGHTS_FILE)
+    for name, source in storage.same_as.items():
+        if source not in state:
+            raise SkeletonMismatchError(f"{folder}: tensor {name} is to share {source}, which is not there")
+        state[name] = state[source]
+    requantize(model, dict(state), qmap, device=torch.device("cpu"))
+    _refuse_misfit(model, state, qmap, folder)
+    if isinstance(model, PreTrainedModel) and getattr(model.config, "tie_word_embeddings", False):
+        model.tie_weights()
+    return model.eval()
+
+
+class QuantizedSplitModel(QuantizedTransformersModel):
+    """A split transformers model quantized by quanto, with the methods of quanto's QuantizedTransformersModel."""
+
+    @classmethod
+    def quantize(
+        cls,
+        model: PreTrainedModel,
+        weights: str = "int4",
+        split: SplitQuantPass | None = None,
+        exclude: list[str] | None = None,
+    ) -> QuantizedSplitModel:
+        """Split, quantize and freeze a transformers model in place."""
+        if not isinstance(model, PreTrainedModel):
+            raise InputError(f"QuantizedSplitModel takes a transformers model, not a {type(model).__name__}")
+        return cls(quantize_after(split or SplitQuantPass(), model, weights, leave=exclude or []))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> QuantizedSplitModel:
+        """Load a folder that `save_pretrained` or `splitquant quantize` wrote."""
+        if not (Path(pretrained_model_name_or_path) / FILE_NAME).is_file():
+            raise InputError(f"{pretrained_model_name_or_path} is not a folder with a split model")
+        return cls(load(pretrained_model_name_or_path))
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save(self._wrapped, save_directory)
+
+
+def _read_qmap(path: Path) -> dict[str, dict[str, str]]:
+    content = read_json(path)
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"{path} lists no quantized layer")
+    try:
+        return {name: _QMapEntry.model_validate(entry).model_dump() for name, entry in content.items()}
+    except ValidationError as error:
+        raise InputError(f"{path} is damaged: {error.errors()[0]['msg']}") from None
+
+
+def _refuse_misfit(model: nn.Module, state: dict[str, Tensor], qmap: dict[str, dict[str, str]], folder: Path) -> None:
+    """Raise unless every tensor of the file found its place, and every place its tensor."""
+    idle = [
+        name for name, m in model.named_modules() if name in qmap and not (isinstance(m, QModuleMixin) and m.frozen)
+    ]
+    if idle:
+        raise SkeletonMismatchError(f"{folder}: {len(idle)} quantized layers were not found, {idle[0]} among them")
+    loaded = model.state_dict()
+    missing, unexpected = sorted(loaded.keys() - state.keys()), sorted(state.keys() - loaded.keys())
+    if missing or unexpected:
+        what = f"has no {missing[0]}" if missing else f"has {unexpected[0]}, which the model does not"
+        raise SkeletonMismatchError(f"{folder / WEIGHTS_FILE} {what} ({len(missing) + len(unexpected)} such tensors)")
+    for name, tensor in state.items():
+        if loaded[name].shape != tensor.shape or loaded[name].dtype != tensor.dtype:
+            raise SkeletonMismatchError(f"{folder}: {name} is {tuple(tensor.shape)} {tensor.dtype}, and was not taken")
+    for name in qmap:
+        module = model.get_submodule(name)
+        try:
+            fits = module.weight.dequantize().shape == (
+                torch.Size([module.out_features, module.in_features])
+                if isinstance(module, nn.Linear)
+                else module.weight.shape
+            )
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise SkeletonMismatchError(f"{folder}: the packed weight of {name} does not fit its layer")

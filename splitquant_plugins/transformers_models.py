@@ -1,0 +1,78 @@
+"""Loading transformers models and tokenizers from a folder or the Hub, with errors a user can act on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from splitquant_plugins.errors import InputError, MissingExtraError
+
+
+def require_transformers() -> Any:
+    """Return the transformers package, or raise MissingExtraError."""
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError(
+            'this needs transformers, which is not installed: pip install "splitquant-plugins[eval]"'
+        ) from None
+    return transformers
+
+
+def model_class(config: Any, where: str | Path) -> Any:
+    """Return the transformers class that a configuration names; anything else is an InputError."""
+    transformers = require_transformers()
+    names = getattr(config, "architectures", None) or []
+    found = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise InputError(f"{where}: config.json names no transformers architecture (architectures={names})")
+    return found
+
+
+def empty_model(config: Any, where: str | Path) -> nn.Module:
+    """Make a model of that configuration, with weights to be loaded into."""
+    made: nn.Module = model_class(config, where)._from_config(config)
+    return made
+
+
+def load_classifier(model: str) -> tuple[nn.Module, Any]:
+    """Load a sequence classifier and its tokenizer from a folder or a Hub id, in evaluation mode.
+
+    Raises InputError, naming what is missing, where either cannot be loaded.
+    """
+    transformers = require_transformers()
+    _refuse_missing_folder(model)
+    try:
+        loaded = transformers.AutoModelForSequenceClassification.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load model {model}: {first_line(error)}") from None
+    return loaded.eval(), load_tokenizer(model)
+
+
+def load_tokenizer(model: str) -> Any:
+    """Load the tokenizer of a model; one that knows fewer words than the model embeds is refused."""
+    transformers = require_transformers()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot load the tokenizer of {model}: {first_line(error)}") from None
+    if len(tokenizer) < 100:  # a vocabulary that was not found leaves only the special tokens
+        raise InputError(f"the tokenizer of {model} knows only {len(tokenizer)} tokens; is vocab.txt there?")
+    return tokenizer
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _refuse_missing_folder(model: str) -> None:
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{model} holds no config.json: give a folder with a transformers model, or a Hub id")
+    elif path.is_absolute() or model.startswith(".") or model.count("/") > 1:
+        raise InputError(f"no such model: {model} is neither a folder nor a Hub id")
