@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
 
 # A row with fewer values than this is sorted; above, counting is faster.
-_SORT_BELOW = 1024
+_SORT_BELOW = 1 << 16
 # Values that one step works on: few enough to stay in the cache, enough to keep the threads busy.
 _CHUNK = 1 << 17
 # Positions in the sketch, coarse first; a row goes on to the next size where the sketch explains it badly.
 _SKETCHES = (40, 256, 768)
 # Part of the inertia that may hide between neighbouring positions of a sketch.
-_HIDDEN = 0.04
+_HIDDEN = 0.02
 # A local optimum of the sketch that is worse than the best by more than this part of the inertia is dropped.
 _RIVAL = 0.05
 # Part of the inertia by which counted clusters may miss the local optimum.
@@ -298,7 +298,7 @@ def _per_cluster(prefix: Array, cuts: Array) -> Array:
 
 
 def _bins(n: int) -> int:
-    return 256 if n < 1 << 14 else 1024 if n < 1 << 18 else 1 << 16
+    return min(1 << 16, n // 16)
 
 
 def _solve_counted(rows: Tensor, block: Array, k: int, low: Array, spread: Array, found: _Result) -> Array:
@@ -331,7 +331,9 @@ def _solve_counted(rows: Tensor, block: Array, k: int, low: Array, spread: Array
             centers = moment / weight
             inertia = squares / (n * width[:, 0] ** 2) - (moment * centers).sum(1)
             off_middle = at - (centers[:, 1:] + centers[:, :-1]) / 2
-            excess = (density * np.diff(centers) * np.abs(off_middle * step)).sum(1)
+            # All values in the bins from here to the middle, as if on the wrong side.
+            between = sums.mass_of_bins(at + mean, at + mean - off_middle)
+            excess = (between * np.diff(centers) * np.abs(off_middle)).sum(1)
             done = excess <= _TOLERANCE * inertia
         good &= (weight > 0).all(1)
         if done[good].all() or attempt == 3:
@@ -398,7 +400,7 @@ def _newton_step(at: Array, weight: Array, moment: Array, density: Array) -> Arr
     jacobian = np.zeros((len(at), number, number))
     diagonal = np.arange(number)
     jacobian[:, diagonal, diagonal] = 1 - left - right
-    jacobian[:, diagonal[1:], diagonal[:-1]] = -right[:, :-1] * weight[:, 1:-1] / weight[:, 1:-1]
+    jacobian[:, diagonal[1:], diagonal[:-1]] = -right[:, :-1]
     jacobian[:, diagonal[:-1], diagonal[1:]] = -left[:, 1:]
     usable = np.isfinite(jacobian).all((1, 2)) & np.isfinite(residual).all(1)
     usable[usable] = np.abs(np.linalg.det(jacobian[usable])) > 1e-3
@@ -439,6 +441,13 @@ class _PrefixSums:
         index = np.floor(place).astype(np.int64)
         above = np.take_along_axis(self.weight, np.clip(index + 2, 0, last), axis=1)
         return (above - np.take_along_axis(self.weight, np.clip(index - 1, 0, last), axis=1)) / 3
+
+    def mass_of_bins(self, one: Array, other: Array) -> Array:
+        """Mass of the bins from one place to another, both included."""
+        last = self.mass.shape[1] - 1
+        low = np.clip(np.floor(np.fmin(one, other)), 0, last).astype(np.int64)
+        high = np.clip(np.floor(np.fmax(one, other)), 0, last).astype(np.int64)
+        return np.take_along_axis(self.weight, high + 1, 1) - np.take_along_axis(self.weight, low, 1)
 
     def between(self, place: Array) -> tuple[Array, Array]:
         """Weight and moment between places, with the mass of a bin spread evenly over it."""

@@ -16,4 +16,5 @@ def track(items: Sequence[Item], description: str, *, enabled: bool) -> Iterator
     from rich.console import Console
     from rich.progress import track as rich_track
 
-    yield from rich_track(items, description, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    yield from rich_track(items, description, console=console, transient=True, disable=not console.is_terminal)

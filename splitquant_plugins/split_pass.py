@@ -15,10 +15,10 @@ from splitquant_plugins.check import refuse_unfit_model, refuse_unfit_weights
 from splitquant_plugins.config import SplitConfig, config_from, validated
 from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.manifest import LayerRecord, Manifest, set_manifest
+from splitquant_plugins.modules import part_names
 from splitquant_plugins.plan import LayerPlan, TensorPlan
 from splitquant_plugins.plugins import Plugins, _own_version
 from splitquant_plugins.progress import track
-from splitquant_plugins.modules import part_names
 from splitquant_plugins.selection import Layer, select_layers
 from splitquant_plugins.surgery import replace_module
 from splitquant_plugins.tensors import LayerSplitter, SplitTensors

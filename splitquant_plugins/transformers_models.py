@@ -51,6 +51,21 @@ def load_classifier(model: str) -> tuple[nn.Module, Any]:
     return loaded.eval(), load_tokenizer(model)
 
 
+def load_model(model: str) -> nn.Module:
+    """Load a model from a folder or a Hub id as the architecture that its configuration names.
+
+    The model is in evaluation mode. Raises InputError, naming what is missing.
+    """
+    transformers = require_transformers()
+    _refuse_missing_folder(model)
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+        loaded: nn.Module = model_class(config, model).from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load model {model}: {first_line(error)}") from None
+    return loaded.eval()
+
+
 def load_tokenizer(model: str) -> Any:
     """Load the tokenizer of a model; one that knows fewer words than the model embeds is refused."""
     transformers = require_transformers()

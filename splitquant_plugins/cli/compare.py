@@ -1,0 +1,80 @@
+"""`splitquant compare`: accuracy and sizes, plain against split, on the user's own model and data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from splitquant_plugins.cli.options import (
+    CommaList,
+    grid_options,
+    json_option,
+    pass_options,
+    quiet_libraries,
+    split_options,
+)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--data", required=True, help="Hub id, folder, or csv with the columns text,label.")
+@click.option("--backend", "backends", type=CommaList(), default="quanto", show_default=True)
+@click.option("--weights", type=CommaList(), default="int2,int4,int8", show_default=True)
+@click.option(
+    "--split", "splits", type=CommaList(), default="none,kmeans", show_default=True, help="Splitters, or none."
+)
+@click.option("--seed", "seeds", type=CommaList(int), default="0", show_default=True)
+@click.option("--limit", type=click.IntRange(min=1), help="Use the first rows of the data only.")
+@grid_options
+@split_options
+@json_option
+def compare(
+    model: str,
+    data: str,
+    backends: list[str],
+    weights: list[str],
+    splits: list[str],
+    seeds: list[int],
+    limit: int | None,
+    granularity: Any,
+    group_size: int | None,
+    scheme: Any,
+    k: int,
+    extra: tuple[str, ...],
+    jobs: int,
+    json_path: Path | None,
+) -> None:
+    """Quantize MODEL, a classifier (Hub id or folder), in several ways and compare them on DATA.
+
+    Bits and bytes are what is really stored: three parts of 2 bits are 6 bits per weight.
+    """
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from splitquant_plugins import compare as comparison
+    from splitquant_plugins import report
+    from splitquant_plugins.backends import WeightRequest
+    from splitquant_plugins.plugins import Plugins
+
+    quiet_libraries()
+    requests = [WeightRequest(width, granularity, group_size, scheme) for width in weights]
+    options = {"k": k, "jobs": jobs, **pass_options(extra)}
+    runs = comparison.plan_runs(Plugins.load(), backends, requests, splits, seeds, options)
+    rows = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("loading", total=None)
+        subject = comparison.load_subject(model, data, limit)
+
+        def started(run: comparison.Run) -> None:
+            progress.update(task, description=f"{len(rows) + 1} of {len(runs)}: {run.title}")
+
+        for row in comparison.compare(subject, runs, started):
+            rows.append(row)
+    fp32 = report.percent(rows[0]["fp32_accuracy"])
+    title = f"{model} on {data}: n = {rows[0]['n']}, FP32 accuracy {fp32}"
+    report.print_table(title, rows, report.COMPARE_COLUMNS)
+    report.write_rows(json_path, rows)

@@ -1,0 +1,98 @@
+"""Options and settings that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from splitquant_plugins.errors import ConfigError
+
+
+class CommaList(click.ParamType):
+    """A comma-separated list of names, or of numbers where `kind` is int."""
+
+    def __init__(self, kind: type = str) -> None:
+        self.kind = kind
+        self.name = "name,name" if kind is str else "number,number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Split at commas; an empty list is an error."""
+        if isinstance(value, list):
+            return value
+        names = [name.strip() for name in value.split(",") if name.strip()]
+        if not names:
+            self.fail("give at least one value", param, ctx)
+        try:
+            return [self.kind(name) for name in names]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers", param, ctx)
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --json FILE."""
+    return click.option(
+        "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the rows as JSON too."
+    )(command)
+
+
+def grid_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that choose the grid, where the backend leaves a choice."""
+    for option in (
+        click.option("--scheme", type=click.Choice(["affine", "symmetric"]), help="Default: the backend's best."),
+        click.option("--group-size", type=click.IntRange(min=1), help="Values that share a scale (group only)."),
+        click.option("--granularity", type=click.Choice(["tensor", "channel", "group"]), help="What shares a scale."),
+    ):
+        command = option(command)
+    return command
+
+
+def split_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of the pass."""
+    for option in (
+        click.option("--jobs", type=int, default=1, show_default=True, help="Layers split at once; -1: all cores."),
+        click.option(
+            "-O", "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Further options of SplitQuantPass."
+        ),
+        click.option("--k", type=int, default=3, show_default=True, help="Parts per layer."),
+    ):
+        command = option(command)
+    return command
+
+
+def pass_options(extra: tuple[str, ...]) -> dict[str, Any]:
+    """Parse NAME=VALUE options: true, false, whole numbers, decimals, lists with commas, or text."""
+    options: dict[str, Any] = {}
+    for item in extra:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"-O {item}: write NAME=VALUE")
+        options[name.strip().replace("-", "_")] = _parsed(value.strip())
+    return options
+
+
+def _parsed(value: str) -> Any:
+    if value in ("true", "false"):
+        return value == "true"
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return tuple(value.split(",")) if "," in value else value
+
+
+def quiet_libraries() -> None:
+    """Keep the progress bars and log lines of libraries out of the way of the command's own output."""
+    import logging
+
+    try:
+        from transformers.utils import logging as transformers_logging
+    except ImportError:
+        return
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("torchao", "neural_compressor", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,49 @@
+"""`splitquant plugins`: what is installed, what it brings, and what is broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from splitquant_plugins.cli.options import json_option
+
+
+@click.command()
+@json_option
+def plugins(json_path: Path | None) -> None:
+    """List plugins with their splitters and backends, broken ones with the reason."""
+    import warnings
+    from dataclasses import asdict
+
+    from splitquant_plugins import report
+    from splitquant_plugins.plugins import Plugins
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the table says it
+        loaded = Plugins.load()
+    rows = []
+    for info in loaded.infos:
+        rows.append(
+            {
+                **asdict(info),
+                "hooks": list(info.hooks),
+                "splitters": [s.name for s in loaded.splitters.values() if s.plugin == info.name],
+                "backends": [b.name for b in loaded.backends.values() if b.plugin == info.name],
+            }
+        )
+    shown = [
+        {
+            **row,
+            "brings": ", ".join(row["splitters"] + row["backends"]) or ", ".join(_short(row["hooks"])),
+            "state": f"BROKEN: {row['error']}" if row["error"] else "ok",
+        }
+        for row in rows
+    ]
+    columns = [(key, key, report.text) for key in ("name", "source", "version", "brings", "state")]
+    report.print_table("plugins", shown, columns)
+    report.write_rows(json_path, rows)
+
+
+def _short(hooks: list[str]) -> list[str]:
+    return [hook.removeprefix("splitquant_") for hook in hooks]

@@ -1,0 +1,63 @@
+"""`splitquant quantize`: a folder with a split, quantized model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from splitquant_plugins.cli.options import grid_options, json_option, pass_options, quiet_libraries, split_options
+
+
+@click.command()
+@click.argument("model")
+@click.option("--backend", default="quanto", show_default=True)
+@click.option("--weights", default="int4", show_default=True, help="int2, int4 or int8.")
+@click.option("--split", "splitter", default="kmeans", show_default=True, help="Splitter, or none.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to be made.")
+@grid_options
+@split_options
+@json_option
+def quantize(
+    model: str,
+    backend: str,
+    weights: str,
+    splitter: str,
+    seed: int,
+    output: Path,
+    granularity: Any,
+    group_size: int | None,
+    scheme: Any,
+    k: int,
+    extra: tuple[str, ...],
+    jobs: int,
+    json_path: Path | None,
+) -> None:
+    """Split and quantize MODEL (Hub id or folder) and save it, ready to be loaded by the backend's adapter."""
+    from splitquant_plugins import report
+    from splitquant_plugins.backends import WeightRequest
+    from splitquant_plugins.plugins import Plugins
+    from splitquant_plugins.quantize import quantize_model
+
+    quiet_libraries()
+    row = quantize_model(
+        Plugins.load(),
+        model,
+        backend,
+        WeightRequest(weights, granularity, group_size, scheme),
+        splitter,
+        output,
+        {"k": k, "seed": seed, "jobs": jobs, "progress": True, **pass_options(extra)},
+    )
+    columns = (
+        ("layers_split", "layers split", report.text),
+        ("layers_quantized", "quantized", report.text),
+        ("bits_per_weight", "bits/weight", report.two_decimals),
+        ("model_bytes", "model kB", report.kilobytes),
+        ("split_seconds", "split s", report.two_decimals),
+        ("quantize_seconds", "quantize s", report.two_decimals),
+    )
+    report.print_table(f"{model} in {output}: {backend} {weights}, split {splitter}", [row], columns)
+    report.write_rows(json_path, [row])

@@ -1,0 +1,117 @@
+"""One model, one dataset, many ways to quantize it: a row for each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+from torch import Tensor, nn
+
+from splitquant_plugins.backends import Backend, WeightFormat, WeightRequest
+from splitquant_plugins.data import LabelledTexts, load_texts
+from splitquant_plugins.evaluate import accuracy, logits_of, max_length_of, measure, run_of, tokenize
+from splitquant_plugins.plugins import Plugins
+from splitquant_plugins.split_pass import ModelPass, SplitQuantPass
+from splitquant_plugins.transformers_models import load_classifier
+
+UNSPLIT = "none"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to quantize: a backend, a weight format, and the pass in front, if any."""
+
+    backend: Backend
+    format: WeightFormat
+    split: str
+    seed: int
+    first: SplitQuantPass | None
+
+    @property
+    def title(self) -> str:
+        """What a progress bar shows."""
+        return f"{self.backend.name} {self.format.weights} {self.split}"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A float classifier with tokenized data and its own logits."""
+
+    name: str
+    model: nn.Module
+    data: LabelledTexts
+    batches: list[dict[str, Tensor]]
+    logits: Tensor
+
+
+def plan_runs(
+    plugins: Plugins,
+    backends: Sequence[str],
+    requests: Sequence[WeightRequest],
+    splits: Sequence[str],
+    seeds: Sequence[int] = (0,),
+    options: dict[str, Any] | None = None,
+) -> list[Run]:
+    """Check every choice before anything is loaded, and return the runs in the order of the table.
+
+    `options` are those of SplitQuantPass. An unsplit run does not depend on the seed and is made once.
+    """
+    options = options or {}
+    chosen = [plugins.backend(name) for name in backends]
+    for backend in chosen:
+        backend.require()
+    formats = [(backend, backend.resolve(request)) for backend in chosen for request in requests]
+    passes: list[tuple[str, int, SplitQuantPass | None]] = []
+    for split, seed in product(splits, seeds):
+        if split != UNSPLIT:
+            passes.append((split, seed, SplitQuantPass(splitter=split, seed=seed, plugins=plugins, **options)))
+        elif seed == seeds[0]:
+            passes.append((split, seed, None))
+    return [Run(backend, form, *one) for (backend, form), one in product(formats, passes)]
+
+
+def load_subject(model: str, data: str, limit: int | None = None) -> Subject:
+    """Load a classifier and data for it, and run the one over the other."""
+    loaded, tokenizer = load_classifier(model)
+    labels = {str(name): int(number) for number, name in loaded.config.id2label.items()}
+    texts = load_texts(data, labels, limit)
+    batches = tokenize(tokenizer, texts.texts, max_length_of(loaded))
+    return Subject(model, loaded, texts, batches, logits_of(run_of(loaded), batches))
+
+
+def compare(
+    subject: Subject, runs: Sequence[Run], started: Callable[[Run], object] = lambda run: None
+) -> Iterator[dict[str, Any]]:
+    """Yield one row for each run; `started` is called before it."""
+    for run in runs:
+        started(run)
+        yield row_of(subject, run)
+
+
+def row_of(subject: Subject, run: Run) -> dict[str, Any]:
+    """Quantize a copy of the subject and measure it."""
+    first: ModelPass | None = run.first
+    quantized = run.backend.quantize(copy.deepcopy(subject.model), run.format, first, subject.batches)
+    logits = logits_of(quantized.run, subject.batches)
+    measures = measure(quantized, subject.model, subject.logits, logits, subject.data.labels)
+    return {
+        "model": subject.name,
+        "data": subject.data.name,
+        "n": len(subject.data.labels),
+        "backend": run.backend.name,
+        "weights": run.format.weights,
+        "granularity": run.format.granularity,
+        "group_size": run.format.group_size,
+        "scheme": run.format.scheme,
+        "split": run.split,
+        "k": run.first.config.k if run.first else 1,
+        "fp32_accuracy": accuracy(subject.logits, subject.data.labels),
+        **asdict(measures),
+        "split_seconds": quantized.split_seconds,
+        "quantize_seconds": quantized.quantize_seconds,
+        "layers_split": len(quantized.manifest.split) if quantized.manifest else 0,
+        "seed": run.seed,
+    }

@@ -1,0 +1,82 @@
+"""From a float model on disk to a split, quantized one on disk; the folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from splitquant_plugins.backends import Batch, WeightRequest
+from splitquant_plugins.errors import ConfigError, InputError
+from splitquant_plugins.plugins import Plugins
+from splitquant_plugins.split_pass import SplitQuantPass
+from splitquant_plugins.transformers_models import load_model
+
+TOKENIZER_FILES = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "spiece.model")
+
+
+def quantize_model(
+    plugins: Plugins,
+    model: str,
+    backend: str,
+    request: WeightRequest,
+    splitter: str,
+    output: Path,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Split and quantize a transformers model and save it into `output`, which must not exist yet.
+
+    Returns a row of figures. Everything that the arguments can be wrong in is checked before work begins.
+    """
+    chosen = plugins.backend(backend)
+    chosen.require()
+    form = chosen.resolve(request)
+    first = None if splitter == "none" else SplitQuantPass(splitter=splitter, plugins=plugins, **options)
+    if first is None:
+        raise ConfigError("split 'none': a plain model is saved by the backend's own tools; choose a splitter")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} exists and is not an empty folder; choose another --output")
+    loaded = load_model(model)
+    quantized = chosen.quantize(loaded, form, first, [example_batch(loaded)])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        chosen.save(quantized, temporary)
+        for name in TOKENIZER_FILES:
+            if (Path(model) / name).is_file():
+                shutil.copyfile(Path(model) / name, temporary / name)
+        temporary.chmod(0o755)
+        temporary.replace(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    stored = [part for parts in quantized.layers.values() for part in parts]
+    weights = sum(parts[0].weight.numel() for parts in quantized.layers.values())
+    return {
+        "model": model,
+        "output": str(output),
+        "backend": backend,
+        "weights": form.weights,
+        "granularity": form.granularity,
+        "group_size": form.group_size,
+        "scheme": form.scheme,
+        "split": splitter,
+        "k": first.config.k,
+        "seed": first.config.seed,
+        "layers_split": len(quantized.manifest.split) if quantized.manifest else 0,
+        "layers_quantized": quantized.layers_quantized,
+        "bits_per_weight": sum(part.bits for part in stored) / weights,
+        "model_bytes": quantized.state_bytes,
+        "split_seconds": quantized.split_seconds,
+        "quantize_seconds": quantized.quantize_seconds,
+    }
+
+
+def example_batch(model: Any) -> Batch:
+    """Make token ids that the model embeds, for backends that trace it."""
+    vocabulary = int(getattr(model.config, "vocab_size", 2))
+    ids = torch.arange(2 * 16).reshape(2, 16) % max(vocabulary, 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
