@@ -1,0 +1,56 @@
+"""The backend matrix on the real BERT-Tiny: every figure against the reference file, plain and split.
+
+reference.json holds, for each row, the measured value with its tolerance, the seed, the number of layers and
+the versions that it was measured with; `python integration/record.py` writes it anew.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from splitquant_plugins.backends import WeightRequest
+from splitquant_plugins.compare import Subject, plan_runs, row_of
+from splitquant_plugins.plugins import Plugins
+
+REFERENCE = json.loads(Path(__file__).with_name("reference.json").read_text("utf-8"))
+ROWS = REFERENCE["rows"]
+
+
+def name_of(row: dict) -> str:
+    return "-".join(str(row[key]) for key in ("backend", "weights", "task", "granularity", "scheme", "split"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    cell = metafunc.config.getoption("--cell")
+    rows = [row for row in ROWS if not cell or f"{row['backend']}-{row['weights']}" == cell]
+    assert rows, f"reference.json has no row for {cell}"
+    metafunc.parametrize(
+        ("row", "task"), [(row, row["task"]) for row in rows], ids=[name_of(row) for row in rows], scope="session"
+    )
+
+
+def test_row_is_as_recorded(row: dict, subject: Subject) -> None:
+    request = WeightRequest(row["weights"], row["granularity"], row["group_size"], row["scheme"])
+    (run,) = plan_runs(Plugins.load(), [row["backend"]], [request], [row["split"]], [row["seed"]])
+    measured = row_of(subject, run)
+    tolerance = REFERENCE["tolerance"]
+    assert measured["n"] == row["n"]
+    assert measured["layers_split"] == row["layers_split"]
+    assert measured["layers_quantized"] == row["layers_quantized"]
+    assert measured["linear_bytes"] == row["linear_bytes"]
+    for figure in ("accuracy", "fp32_accuracy", "weight_sqnr_db", "logit_sqnr_db"):
+        assert measured[figure] == pytest.approx(row[figure], abs=tolerance[figure]), figure
+
+
+def test_the_reference_keeps_the_promises(row: dict, task: str) -> None:
+    """What the README promises must be true of the figures themselves, whoever records them anew."""
+    promises = {("emotion", "int2"): 0.883, ("sms", "int2"): 0.996}
+    default_grid = row["granularity"] == "channel" and row["scheme"] == ("symmetric" if row["weights"] == "int8" and row["backend"] != "pt2e" else "affine")
+    if row["split"] == "kmeans" and default_grid:
+        floor = promises.get((task, row["weights"]), row["fp32_accuracy"] - 0.005)
+        assert row["accuracy"] >= floor
+    if row["split"] == "none" and task == "emotion" and row["weights"] == "int2":
+        assert row["accuracy"] < 0.80
