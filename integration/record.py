@@ -6,9 +6,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from conftest import locate
+from assets import locate
 
 from splitquant_plugins.backends import WeightRequest
 from splitquant_plugins.compare import load_subject, plan_runs, row_of
@@ -16,12 +14,28 @@ from splitquant_plugins.files import write_json
 from splitquant_plugins.plugins import Plugins
 
 KEPT = (
-    "n backend weights granularity group_size scheme split k seed accuracy fp32_accuracy agreement "
-    "logit_sqnr_db weight_sqnr_db linear_bits_per_weight linear_bytes layers_split layers_quantized"
-).split()
+    "n",
+    "backend",
+    "weights",
+    "granularity",
+    "group_size",
+    "scheme",
+    "split",
+    "k",
+    "seed",
+    "accuracy",
+    "fp32_accuracy",
+    "agreement",
+    "logit_sqnr_db",
+    "weight_sqnr_db",
+    "linear_bits_per_weight",
+    "linear_bytes",
+    "layers_split",
+    "layers_quantized",
+)
 PACKAGES = ("torch", "transformers", "optimum-quanto", "neural-compressor", "torchao", "scikit-learn")
 TOLERANCE = {"accuracy": 0.005, "fp32_accuracy": 1e-9, "weight_sqnr_db": 0.05, "logit_sqnr_db": 0.5}
-EXTRA_GRIDS = {"pt2e": [("int2", "tensor", "affine"), ("int2", "channel", "symmetric")]}
+OTHER_GRIDS: dict[str, list] = {"pt2e": [("int2", "tensor", None, "affine"), ("int2", "channel", None, "symmetric")]}
 
 
 def main() -> None:
@@ -32,12 +46,12 @@ def main() -> None:
     for task in ("emotion", "sms"):
         subject = load_subject(*locate(task))
         for backend in backends:
-            requests = [WeightRequest(width) for width in ("int2", "int4", "int8")]
-            if task == "emotion":
-                requests += [WeightRequest(w, g, None, s) for w, g, s in EXTRA_GRIDS.get(backend, [])]  # type: ignore[arg-type]
-            for run in plan_runs(plugins, [backend], requests, ["none", "kmeans"]):
+            defaults = [WeightRequest(width) for width in ("int2", "int4", "int8")]
+            others = [WeightRequest(*one) for one in OTHER_GRIDS.get(backend, []) if task == "emotion"]
+            for run in plan_runs(plugins, [backend], [*defaults, *others], ["none", "kmeans"]):
                 row = row_of(subject, run)
-                rows.append({"task": task, **{key: row[key] for key in KEPT}})
+                usual = run.format == run.backend.resolve(WeightRequest(run.format.weights))
+                rows.append({"task": task, "default_grid": usual, **{key: row[key] for key in KEPT}})
                 print(task, run.title, row["granularity"], row["scheme"], row["accuracy"], row["weight_sqnr_db"])
     versions = {package: metadata.version(package) for package in PACKAGES}
     reference = {"tolerance": TOLERANCE, "versions": versions, "rows": rows}

@@ -48,8 +48,7 @@ def test_row_is_as_recorded(row: dict, subject: Subject) -> None:
 def test_the_reference_keeps_the_promises(row: dict, task: str) -> None:
     """What the README promises must be true of the figures themselves, whoever records them anew."""
     promises = {("emotion", "int2"): 0.883, ("sms", "int2"): 0.996}
-    default_grid = row["granularity"] == "channel" and row["scheme"] == ("symmetric" if row["weights"] == "int8" and row["backend"] != "pt2e" else "affine")
-    if row["split"] == "kmeans" and default_grid:
+    if row["split"] == "kmeans" and row["default_grid"]:
         floor = promises.get((task, row["weights"]), row["fp32_accuracy"] - 0.005)
         assert row["accuracy"] >= floor
     if row["split"] == "none" and task == "emotion" and row["weights"] == "int2":
