@@ -17,6 +17,7 @@ from splitquant_plugins.hookspecs import hookimpl
 if TYPE_CHECKING:
     from splitquant_plugins.config import SplitConfig
     from splitquant_plugins.errors import SplitQuantError
+    from splitquant_plugins.fusion import fuse, unfuse
     from splitquant_plugins.grid import Grid, UniformGrid
     from splitquant_plugins.manifest import Manifest, apply_manifest, manifest_of
     from splitquant_plugins.plan import LayerPlan, Skip, TensorPlan
@@ -36,7 +37,9 @@ _HOME = {
     "TensorPlan": "plan",
     "UniformGrid": "grid",
     "apply_manifest": "manifest",
+    "fuse": "fusion",
     "manifest_of": "manifest",
+    "unfuse": "fusion",
 }
 
 __all__ = [
@@ -52,8 +55,10 @@ __all__ = [
     "TensorPlan",
     "UniformGrid",
     "apply_manifest",
+    "fuse",
     "hookimpl",
     "manifest_of",
+    "unfuse",
 ]
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 PartReplaced = Callable[["SplitModule", str, nn.Module], None]
+Fusion = Literal["materialised", "rebuilt"]
 
 
 def part_names(k: int) -> tuple[str, ...]:
@@ -37,6 +38,9 @@ class SplitModule(nn.Module):
         for name, part in zip(self.part_names, parts, strict=True):
             self.add_module(name, part)
         self._part_replaced: PartReplaced | None = None
+        self.fusion: Fusion | None = None
+        self.register_buffer("fused_weight", None, persistent=False)
+        self.register_buffer("fused_bias", None, persistent=False)
 
     def parts(self) -> list[nn.Module]:
         """The parts in order."""
@@ -48,15 +52,17 @@ class SplitModule(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if (
-            isinstance(value, nn.Module)
-            and name in self.__dict__.get("part_names", ())
-            and self.__dict__.get("_part_replaced") is not None
-        ):
-            self.__dict__["_part_replaced"](self, name, value)
+        if isinstance(value, nn.Module) and name in self.__dict__.get("part_names", ()):
+            self.forget_fused()
+            if self.__dict__.get("_part_replaced") is not None:
+                self.__dict__["_part_replaced"](self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_part_replaced": None}
+        # Plugins are code, and are not pickled: where the model is loaded, the installed ones are asked.
+        told = None if self._part_replaced is None else _tell_installed_plugins
+        # What fusing materialised is rebuilt, and never saved.
+        buffers = dict.fromkeys(self._buffers)
+        return {**self.__dict__, "_part_replaced": told, "_buffers": buffers}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SplitModule:
         twin = self.__class__.__new__(self.__class__)
@@ -82,12 +88,45 @@ class SplitModule(nn.Module):
         return sum_parts(tensors)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Sum what the parts make of the input."""
+        """Sum what the parts make of the input; where the layer is fused, use the sum of their weights."""
+        if self.fusion is not None:
+            return self._dense_forward(input, *self._fused_tensors())
         first, *rest = self.parts()
         output = first(input)
         for part in rest:
             output = output + part(input)
         return cast(Tensor, output)
+
+    def _dense_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the layer with a single weight, laid out as the parts' weights are."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how to run fused; give it _dense_forward")
+
+    def _fused_tensors(self) -> tuple[Tensor, Tensor | None]:
+        if self.fusion == "materialised" and self.fused_weight is not None:
+            return cast(Tensor, self.fused_weight), cast("Tensor | None", self.fused_bias)
+        weight = sum_parts([dense_weight(part) for part in self.parts()])
+        bias = self.bias
+        if self.fusion == "materialised":
+            self.fused_weight = weight.detach()
+            self.fused_bias = None if bias is None else bias.detach()
+        return weight, bias
+
+    def forget_fused(self) -> None:
+        """Drop what fusing materialised; it is made anew when the layer next runs fused."""
+        if self.__dict__.get("_buffers", {}).get("fused_weight") is not None:
+            self.fused_weight = None
+            self.fused_bias = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.forget_fused()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def _tell_installed_plugins(split: SplitModule, part: str, module: nn.Module) -> None:
+    from splitquant_plugins.plugins import Plugins
+
+    split.notify(Plugins.load().part_replaced)
+    split.__dict__["_part_replaced"](split, part, module)
 
 
 def sum_parts(parts: Sequence[Tensor]) -> Tensor:
@@ -127,12 +166,21 @@ class SplitLinear(SplitModule):
         total = sum_parts(tensors)
         return total.t() if self.transposed and total.ndim == 2 else total
 
+    def _dense_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(input, weight, bias)
+
 
 class _SplitConv(SplitModule):
+    plain: ClassVar[type[nn.modules.conv._ConvNd]]
+
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__(parts)
+        self._reversed_padding_repeated_twice = parts[0]._reversed_padding_repeated_twice
         for name in CONV_ATTRIBUTES:
             setattr(self, name, getattr(parts[0], name))
+
+    def _dense_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return cast(Tensor, self.plain._conv_forward(self, input, weight, bias))  # type: ignore[arg-type]
 
 
 CONV_ATTRIBUTES = (
@@ -150,13 +198,19 @@ CONV_ATTRIBUTES = (
 class SplitConv1d(_SplitConv):
     """A Conv1d as the sum of k parts."""
 
+    plain = nn.Conv1d
+
 
 class SplitConv2d(_SplitConv):
     """A Conv2d as the sum of k parts."""
 
+    plain = nn.Conv2d
+
 
 class SplitConv3d(_SplitConv):
     """A Conv3d as the sum of k parts."""
+
+    plain = nn.Conv3d
 
 
 class SplitActivation(nn.Module):
@@ -179,7 +233,9 @@ class SplitActivation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply each activation to its chunk."""
-        chunks = torch.tensor_split(input, len(self.chunk_names), dim=self.dim)
+        # Autograd may need what the chunks hold now, and an in-place activation overwrites it below.
+        source = input.clone() if self.inplace and torch.is_grad_enabled() else input
+        chunks = torch.tensor_split(source, len(self.chunk_names), dim=self.dim)
         outputs = [
             cast(nn.Module, self._modules[name])(chunk) for name, chunk in zip(self.chunk_names, chunks, strict=True)
         ]
