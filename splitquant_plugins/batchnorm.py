@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -42,9 +44,29 @@ def _conv_batchnorm_pairs(module: nn.Module) -> list[tuple[nn.Module, nn.Module]
     if not any(isinstance(child, BATCHNORMS) for child in module.modules()):
         return []
     try:
-        graph = fx.Tracer().trace(module)
+        graphs = _traces(module)
     except Exception:  # tracing runs the model's own code on proxies, which may fail in any way
         return [pair for child in module.children() for pair in _conv_batchnorm_pairs(child)]
+    first, *others = [_pairs(module, graph) for graph in graphs]
+    return [pair for pair in first if all(pair in other for other in others)]
+
+
+def _traces(module: nn.Module) -> list[fx.Graph]:
+    """Trace a module with its optional arguments given, and with their defaults: `if mask is None` may branch."""
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    graphs = [_Tracer().trace(module)]
+    return [*graphs, _Tracer().trace(module, concrete_args=defaults)] if defaults else graphs
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # so that a statistic read by hand is seen
+
+
+def _pairs(module: nn.Module, graph: fx.Graph) -> list[tuple[nn.Module, nn.Module]]:
     calls: dict[str, int] = {}
     for node in graph.nodes:
         if node.op == "call_module":

@@ -11,13 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from splitquant_plugins.backends import Backend, WeightFormat, WeightRequest
-from splitquant_plugins.data import LabelledTexts, load_texts
+from splitquant_plugins.data import LabelledTexts, load_texts, load_unlabelled
 from splitquant_plugins.evaluate import accuracy, logits_of, max_length_of, measure, run_of, tokenize
 from splitquant_plugins.plugins import Plugins
 from splitquant_plugins.split_pass import ModelPass, SplitQuantPass
-from splitquant_plugins.transformers_models import load_classifier
+from splitquant_plugins.transformers_models import load_classifier, load_tokenizer, max_length_of_config
 
 UNSPLIT = "none"
+CALIBRATION_TEXTS = 256
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,12 @@ def plan_runs(
     return [Run(backend, form, *one) for (backend, form), one in product(formats, passes)]
 
 
+def calibration_batches(model: str, source: str, limit: int = CALIBRATION_TEXTS) -> list[dict[str, Tensor]]:
+    """Tokenize the first texts of a csv for calibration; its labels, if any, are not read."""
+    texts = load_unlabelled(source, limit)
+    return tokenize(load_tokenizer(model), texts, max_length_of_config(model), batch_size=32)
+
+
 def load_subject(model: str, data: str, limit: int | None = None) -> Subject:
     """Load a classifier and data for it, and run the one over the other."""
     loaded, tokenizer = load_classifier(model)
@@ -107,7 +114,8 @@ def row_of(subject: Subject, run: Run) -> dict[str, Any]:
         "group_size": run.format.group_size,
         "scheme": run.format.scheme,
         "split": run.split,
-        "k": run.first.config.k if run.first else 1,
+        "k": _parts(run.first),
+        "budget": run.first.config.budget if run.first else None,
         "fp32_accuracy": accuracy(subject.logits, subject.data.labels),
         **asdict(measures),
         "split_seconds": quantized.split_seconds,
@@ -115,3 +123,10 @@ def row_of(subject: Subject, run: Run) -> dict[str, Any]:
         "layers_split": len(quantized.manifest.split) if quantized.manifest else 0,
         "seed": run.seed,
     }
+
+
+def _parts(first: SplitQuantPass | None) -> int | None:
+    """Parts per layer; None where a budget chooses them."""
+    if first is None:
+        return 1
+    return first.config.k if first.config.budget is None else None

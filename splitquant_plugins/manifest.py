@@ -42,7 +42,7 @@ class LayerRecord(BaseModel):
     dtype: str = ""
     granularity: str = ""
     splitter: str = ""
-    k: int = Field(1, ge=1)
+    k: int = Field(1, ge=1, le=16)
     parts: tuple[str, ...] = ()
     bias_parts: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -112,9 +112,12 @@ def apply_manifest(model: nn.Module, manifest: Manifest, plugins: Plugins | None
     """
     from splitquant_plugins.plugins import Plugins
     from splitquant_plugins.skeleton import rebuild
+    from splitquant_plugins.transformers_models import forget_tied_embeddings
 
     if getattr(model, ATTRIBUTE, None) is not None:
         raise AlreadySplitError("the model was split before; rebuild the skeleton in a fresh one")
     model = rebuild(model, manifest, plugins or Plugins.load())
+    if manifest.config.untie_embeddings:
+        forget_tied_embeddings(model)
     set_manifest(model, manifest)
     return model

@@ -136,6 +136,8 @@ class Plugins:
 
     def add(self, plugin: Any, name: str, source: str = "added in code", version: str = "unknown") -> None:
         """Register one plugin; an unknown hook or a name already taken is a PluginError, and undone."""
+        if self._manager.is_registered(plugin) or self._manager.has_plugin(name):
+            raise PluginError(f"plugin {name!r} is registered already")
         splitters, backends = dict(self.splitters), dict(self.backends)
         try:
             self._manager.register(plugin, name)

@@ -60,7 +60,7 @@ def select_layers(model: nn.Module, config: SplitConfig, plugins: Plugins, leave
             continue
         answer = plugins.select_layer(names[0], module, config)
         if isinstance(answer, LayerPlan):
-            inside += [f"{name}." for name in names if name]
+            inside += [f"{name}." if name else "" for name in names]
         reason = _reason(answer, module, names, config, leave, embeddings)
         if isinstance(answer, LayerPlan) and reason is None:
             selection.split.append(Layer(tuple(names), module, answer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -28,3 +29,23 @@ def ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
     while name:
         name, _, _ = name.rpartition(".")
         yield model.get_submodule(name)
+
+
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Where the body raises, put every module, parameter and buffer back in its place.
+
+    What the body replaced is undone, not what it wrote into a tensor.
+    """
+    tables = [
+        (table, dict(table))
+        for module in list(model.modules())
+        for table in (module._modules, module._parameters, module._buffers)
+    ]
+    try:
+        yield
+    except BaseException:
+        for table, before in tables:
+            table.clear()
+            table.update(before)
+        raise

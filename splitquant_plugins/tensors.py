@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from splitquant_plugins.budget import Candidate
 from splitquant_plugins.check import check_parts
-from splitquant_plugins.errors import CannotSplit, SplitFailedError
+from splitquant_plugins.errors import CannotSplit, ConfigError, SplitFailedError
 from splitquant_plugins.grid import Grid
 from splitquant_plugins.plan import TensorPlan
 from splitquant_plugins.plugins import Plugins
+from splitquant_plugins.splitters._measure import output_error
+
+BUDGET_PARTS = (1, 2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -51,17 +55,15 @@ class LayerSplitter:
         started = time.perf_counter()
         try:
             weights = self._parts(weight, weight_plan, grid)
+            if len(weights) == 1:
+                raise CannotSplit("one part is the layer itself")
+            found = [] if bias is None else self._bias_parts(bias, bias_plan, len(weights))
         except CannotSplit as answer:
             return SplitTensors([], [], time.perf_counter() - started, answer.reason)
         except SplitFailedError as error:
             warnings.warn(f"{error}; the layer is left whole", stacklevel=2)
             return SplitTensors([], [], time.perf_counter() - started, f"it failed the check: {error}")
-        if len(weights) == 1:
-            return SplitTensors([], [], time.perf_counter() - started, "one part is the layer itself")
-        biases: list[Tensor | None] = [None] * len(weights)
-        if bias is not None:
-            found = self._bias_parts(bias, bias_plan, len(weights))
-            biases[: len(found)] = found
+        biases = [*found, *[None] * (len(weights) - len(found))]
         return SplitTensors(weights, biases, time.perf_counter() - started)
 
     def _parts(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> list[Tensor]:
@@ -76,3 +78,26 @@ class LayerSplitter:
             return self._parts(bias, replace(plan, k=k), None)
         except CannotSplit:  # a constant bias, often all zero, stays in the first part
             return [bias]
+
+
+class CandidateMeasure:
+    """Measures, for one layer, what 1 to 4 parts store and what error the grid leaves of them."""
+
+    def __init__(self, plugins: Plugins) -> None:
+        self._split = LayerSplitter(plugins)
+
+    def __call__(
+        self, weight: Tensor, bias: Tensor | None, plan: TensorPlan, bias_plan: TensorPlan | None, grid: Grid | None
+    ) -> list[Candidate]:
+        """Return the candidates; errors are relative to the layer's own energy, so that layers can be compared."""
+        if grid is None:
+            raise ConfigError(f"budget: the recipe states no grid for {plan.layer}, so gains cannot be measured")
+        energy = output_error(weight, [torch.zeros_like(weight)], grid, plan.second_moment)
+        candidates = []
+        for k in BUDGET_PARTS:
+            parts = [weight] if k == 1 else self._split(weight, None, replace(plan, k=k), None, grid).weight
+            if parts:
+                error = output_error(weight, parts, grid, plan.second_moment) / max(energy, 1e-30)
+                bits = len(parts) * grid.stored_bits(weight.shape)
+                candidates.append(Candidate(k, bits, error))
+        return candidates

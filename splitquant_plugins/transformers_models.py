@@ -37,6 +37,17 @@ def empty_model(config: Any, where: str | Path) -> nn.Module:
     return made
 
 
+def forget_tied_embeddings(model: nn.Module) -> None:
+    """Tell a transformers model that its head, now split, no longer shares the embedding's weight."""
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        model.config.tie_word_embeddings = False
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if isinstance(tied, dict):
+        there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        for target in set(tied) - there:
+            del tied[target]
+
+
 def load_classifier(model: str) -> tuple[nn.Module, Any]:
     """Load a sequence classifier and its tokenizer from a folder or a Hub id, in evaluation mode.
 
@@ -64,6 +75,17 @@ def load_model(model: str) -> nn.Module:
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load model {model}: {first_line(error)}") from None
     return loaded.eval()
+
+
+def max_length_of_config(model: str, limit: int = 512) -> int:
+    """Longest input in tokens that a model takes, at most `limit`; read from its configuration."""
+    transformers = require_transformers()
+    _refuse_missing_folder(model)
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the configuration of {model}: {first_line(error)}") from None
+    return min(int(getattr(config, "max_position_embeddings", None) or limit), limit)
 
 
 def load_tokenizer(model: str) -> Any:

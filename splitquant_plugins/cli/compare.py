@@ -41,7 +41,9 @@ def compare(
     granularity: Any,
     group_size: int | None,
     scheme: Any,
-    k: int,
+    k: int | None,
+    budget: float | None,
+    calibration: str | None,
     extra: tuple[str, ...],
     jobs: int,
     json_path: Path | None,
@@ -60,7 +62,9 @@ def compare(
 
     quiet_libraries()
     requests = [WeightRequest(width, granularity, group_size, scheme) for width in weights]
-    options = {"k": k, "jobs": jobs, **pass_options(extra)}
+    options = pass_options(k, budget, jobs, extra)
+    if calibration is not None:
+        options["calibration"] = comparison.calibration_batches(model, calibration)
     runs = comparison.plan_runs(Plugins.load(), backends, requests, splits, seeds, options)
     rows = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

@@ -56,15 +56,20 @@ def split_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "-O", "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Further options of SplitQuantPass."
         ),
-        click.option("--k", type=int, default=3, show_default=True, help="Parts per layer."),
+        click.option(
+            "--calibration", type=click.Path(dir_okay=False), help="csv with a column text, for splitters that use it."
+        ),
+        click.option("--budget", type=float, help="Stored bits per weight; chooses the parts of each layer."),
+        click.option("--k", type=int, help="Parts per layer.  [default: 3]"),
     ):
         command = option(command)
     return command
 
 
-def pass_options(extra: tuple[str, ...]) -> dict[str, Any]:
-    """Parse NAME=VALUE options: true, false, whole numbers, decimals, lists with commas, or text."""
-    options: dict[str, Any] = {}
+def pass_options(k: int | None, budget: float | None, jobs: int, extra: tuple[str, ...]) -> dict[str, Any]:
+    """Return the keywords of SplitQuantPass; NAME=VALUE are true, false, numbers, lists with commas, or text."""
+    options: dict[str, Any] = {"jobs": jobs}
+    options.update({name: value for name, value in (("k", k), ("budget", budget)) if value is not None})
     for item in extra:
         name, equals, value = item.partition("=")
         if not equals or not name:

@@ -30,7 +30,9 @@ def quantize(
     granularity: Any,
     group_size: int | None,
     scheme: Any,
-    k: int,
+    k: int | None,
+    budget: float | None,
+    calibration: str | None,
     extra: tuple[str, ...],
     jobs: int,
     json_path: Path | None,
@@ -38,10 +40,14 @@ def quantize(
     """Split and quantize MODEL (Hub id or folder) and save it, ready to be loaded by the backend's adapter."""
     from splitquant_plugins import report
     from splitquant_plugins.backends import WeightRequest
+    from splitquant_plugins.compare import calibration_batches
     from splitquant_plugins.plugins import Plugins
     from splitquant_plugins.quantize import quantize_model
 
     quiet_libraries()
+    options = {**pass_options(k, budget, jobs, extra), "seed": seed, "progress": True}
+    if calibration is not None:
+        options["calibration"] = calibration_batches(model, calibration)
     row = quantize_model(
         Plugins.load(),
         model,
@@ -49,7 +55,7 @@ def quantize(
         WeightRequest(weights, granularity, group_size, scheme),
         splitter,
         output,
-        {"k": k, "seed": seed, "jobs": jobs, "progress": True, **pass_options(extra)},
+        options,
     )
     columns = (
         ("layers_split", "layers split", report.text),

@@ -27,11 +27,13 @@ class Splitter(ABC):
 
     `needs_grid`: the splitter cannot work without the grid of the recipe it precedes.
     `splits_bias`: it also splits biases; otherwise a bias stays in one part.
+    `uses_calibration`: it makes use of `plan.second_moment`.
     """
 
     Options: ClassVar[type[SplitterOptions]] = SplitterOptions
     needs_grid: ClassVar[bool] = False
     splits_bias: ClassVar[bool] = False
+    uses_calibration: ClassVar[bool] = False
 
     @abstractmethod
     def split(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> Sequence[Tensor]:

@@ -1,0 +1,184 @@
+"""`splitquant inspect`: what a split would do to each layer of a model, as a table, JSON and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from splitquant_plugins.cli.options import json_option, pass_options, quiet_libraries
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from splitquant_plugins.inspection import Inspection
+    from splitquant_plugins.split_pass import SplitQuantPass
+
+
+@click.command()
+@click.argument("model")
+@click.option("--splitter", default="kmeans", show_default=True)
+@click.option("--k", type=int, default=3, show_default=True, help="Parts per layer.")
+@click.option("--bits", type=click.IntRange(2, 8), default=2, show_default=True, help="Bits of the grid.")
+@click.option("--layer", "patterns", multiple=True, metavar="PATTERN", help="Only layers of such names; * for any.")
+@click.option("-O", "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Further options of SplitQuantPass.")
+@click.option(
+    "--picture",
+    "picture",
+    type=click.Path(path_type=Path),
+    metavar="FILE|DIR",
+    help="Draw the histograms: one .png, one self-contained .html, or a folder of PNGs.",
+)
+@json_option
+@click.pass_context
+def inspect(
+    context: click.Context,
+    model: str,
+    splitter: str,
+    k: int,
+    bits: int,
+    patterns: tuple[str, ...],
+    extra: tuple[str, ...],
+    picture: Path | None,
+    json_path: Path | None,
+) -> None:
+    """Show, for each layer of MODEL (Hub id or folder), what a split would bring and cost.
+
+    Range and outliers are of the weight; an outlier lies more than 3 interquartile ranges below the first or
+    above the third quartile. S is the paper's scaling factor (2^b - 1)/(max - min), of the whole weight and of
+    its coarsest part. The gain is the rise of the weight's signal-to-noise ratio in dB on affine grids of that
+    many bits, per tensor and per output channel. Bits per weight count codes, scales and zero points, per channel.
+    Nothing is written to MODEL.
+    """
+    from splitquant_plugins import pictures, report
+    from splitquant_plugins.plugins import Plugins
+    from splitquant_plugins.split_pass import SplitQuantPass
+    from splitquant_plugins.transformers_models import load_model
+
+    quiet_libraries()
+    if picture is not None:
+        pictures.check_target(picture)
+        pictures.require_matplotlib()
+    plugins = context.find_object(Plugins) or Plugins.load()
+    options: dict[str, Any] = {"k": k, "include": patterns, **pass_options(extra)}
+    split_pass = SplitQuantPass(splitter=splitter, plugins=plugins, **options)
+    loaded = load_model(model)
+    layers = list(inspections(loaded, split_pass, bits))
+    title = f"{model}: splitter {splitter}, k = {split_pass.config.k}, INT{bits}"
+    rows = [row_of(layer, splitter, split_pass.config.k, bits) for layer in layers]
+    report.print_table(title, rows, COLUMNS)
+    for layer in layers:
+        if layer.reason:
+            click.echo(f"{layer.layer} stays whole: {layer.reason}")
+    report.write_rows(json_path, rows)
+    if picture is not None:
+        pictures.write_picture(picture, title, layers)
+
+
+def inspections(
+    model: nn.Module, split_pass: SplitQuantPass, bits: int, *, progress: bool = True
+) -> Iterator[Inspection]:
+    """Prepare the model as the pass would, and inspect the layers that it would split, in order.
+
+    Raises InputError where there is no such layer.
+    """
+    import torch
+
+    from splitquant_plugins.check import refuse_unfit_model, refuse_unfit_weights
+    from splitquant_plugins.errors import InputError
+    from splitquant_plugins.grid import UniformGrid
+    from splitquant_plugins.inspection import inspect_weight
+    from splitquant_plugins.progress import track
+    from splitquant_plugins.selection import select_layers
+
+    refuse_unfit_model(model)
+    split_pass.plugins.prepare_model(model, split_pass.config)
+    selection = select_layers(model, split_pass.config, split_pass.plugins)
+    refuse_unfit_weights(selection.split)
+    if not selection.split:
+        raise InputError(f"{type(model).__name__} has no layer that the pass would split")
+    grids = {"channel": UniformGrid(bits), "tensor": UniformGrid(bits, granularity="tensor")}
+    for layer in track(selection.split, "inspecting layers", enabled=progress):
+        # A splitter that looks at the grid makes other parts for another grid.
+        made = {name: split_pass.split_tensors(layer.name, layer.plan, grid) for name, grid in grids.items()}
+        weight = layer.plan.weight.detach()
+        with torch.no_grad():
+            yield inspect_weight(
+                layer.name,
+                layer.plan.kind,
+                weight,
+                {name: tensors.weight or [weight] for name, tensors in made.items()},
+                grids,
+                made["channel"].reason,
+            )
+
+
+def row_of(layer: Inspection, splitter: str, k: int, bits: int) -> dict[str, Any]:
+    """Return a layer's row of the table and of the JSON."""
+    row: dict[str, Any] = {
+        "layer": layer.layer,
+        "kind": layer.kind,
+        "shape": list(layer.shape),
+        "weights": layer.weights,
+        "splitter": splitter,
+        "k": k,
+        "bits": bits,
+        "min": layer.low,
+        "max": layer.high,
+        "outliers": layer.outliers,
+        "scaling_factor": layer.scaling_factor,
+        "least_part_scaling_factor": layer.least_part_scaling_factor,
+        "parts": [
+            {"name": name, "min": low, "max": high, "scaling_factor": factor}
+            for name, (low, high), factor in zip(
+                layer.parts, layer.part_ranges, layer.part_scaling_factors, strict=True
+            )
+        ],
+        "boundaries": list(layer.boundaries),
+    }
+    for name, gain in layer.gains.items():
+        row |= {
+            f"{name}_plain_db": gain.plain_db,
+            f"{name}_split_db": gain.split_db,
+            f"{name}_gain_db": gain.gain_db,
+            f"{name}_plain_bits_per_weight": gain.plain_bits,
+            f"{name}_split_bits_per_weight": gain.split_bits,
+        }
+    return {**row, "reason": layer.reason}
+
+
+def _shape(value: list[int]) -> str:
+    return "×".join(map(str, value))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _gain(value: float) -> str:
+    return f"{value:+.1f}"
+
+
+def _bits(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _text(value: object) -> str:
+    return str(value)
+
+
+COLUMNS = (
+    ("layer", "layer", _text),
+    ("shape", "shape", _shape),
+    ("min", "min", _number),
+    ("max", "max", _number),
+    ("outliers", "outliers", _text),
+    ("scaling_factor", "S", _number),
+    ("least_part_scaling_factor", "S split", _number),
+    ("tensor_gain_db", "dB/tensor", _gain),
+    ("channel_gain_db", "dB/channel", _gain),
+    ("channel_plain_bits_per_weight", "bits", _bits),
+    ("channel_split_bits_per_weight", "bits split", _bits),
+)

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from splitquant_plugins.clustering import assign, masked_parts, optimal_clusters
+from splitquant_plugins.errors import InputError
+
+
+def least_inertia(values, k, weights=None):
+    """The optimum by a dynamic program over all boundaries, in extended precision."""
+    order = np.argsort(np.asarray(values, dtype=np.float64), kind="stable")
+    x = np.asarray(values, dtype=np.longdouble)[order]
+    w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=np.longdouble)[order]
+    scale = np.abs(x).max() or 1
+    x = x / scale
+    x = x - (w * x).sum() / w.sum()
+    weight, total, square = (np.concatenate([[0], np.cumsum(w * x**power)]) for power in range(3))
+    between = weight[None] - weight[:, None]
+    moment = total[None] - total[:, None]
+    cost = square[None] - square[:, None] - np.where(between > 0, moment**2 / np.where(between > 0, between, 1), 0)
+    cost = np.maximum(cost, 0)
+    cost[np.tril_indices(len(cost), -1)] = np.inf
+    best = cost[0]
+    for _ in range(k - 1):
+        best = (best[:, None] + cost).min(0)
+    return float(best[-1] * scale**2), float(cost[0, -1] * scale**2)
+
+
+def inertia_of(values, labels, weights=None):
+    """Inertia of a labelling, from its definition."""
+    x = np.asarray(values, dtype=np.longdouble)
+    w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=np.longdouble)
+    cost = np.longdouble(0)
+    for label in np.unique(labels):
+        chosen = labels == label
+        if w[chosen].sum() > 0:
+            center = (w[chosen] * x[chosen]).sum() / w[chosen].sum()
+            cost += (w[chosen] * (x[chosen] - center) ** 2).sum()
+    return float(cost)
+
+
+def check_optimal(rows, k, weights=None, slack=1e-6):
+    clusters = optimal_clusters(rows, k, weights=weights)
+    labels = assign(rows, clusters.boundaries).numpy()
+    for number, row in enumerate(rows.double().numpy()):
+        weight = None if weights is None else weights[number].numpy()
+        best, whole = least_inertia(row, k, weight)
+        mine = inertia_of(row, labels[number], weight)
+        assert mine <= best * (1 + slack) + whole * 1e-14
+        assert clusters.inertia[number].item() == pytest.approx(mine, rel=1e-6, abs=whole * 1e-14)
+        if weights is None:
+            used = np.bincount(labels[number], minlength=k)
+            assert clusters.counts[number].tolist() == used.tolist()
+            assert clusters.sizes[number].item() == np.count_nonzero(used)
+            for label in range(k):
+                if used[label]:
+                    center = row[labels[number] == label].mean()
+                    assert clusters.centers[number, label].item() == pytest.approx(
+                        center, rel=1e-6, abs=1e-9 * np.abs(row).max()
+                    )
+                else:
+                    assert clusters.centers[number, label].isnan()
+    return clusters
+
+
+SHAPES = {
+    "normal": lambda g, n: g.standard_normal(n),
+    "cauchy": lambda g, n: g.standard_t(1, n),
+    "t4": lambda g, n: g.standard_t(4, n),
+    "uniform": lambda g, n: g.random(n),
+    "integers": lambda g, n: g.integers(-5, 6, n),
+    "two_tight": lambda g, n: np.sign(g.standard_normal(n)) + 1e-3 * g.standard_normal(n),
+    "lognormal": lambda g, n: np.exp(3 * g.standard_normal(n)),
+    "five_groups": lambda g, n: g.choice([0, 1, 3, 10, 11.0], n) + 0.05 * g.standard_normal(n),
+    "outliers": lambda g, n: np.concatenate([g.standard_normal(n - 2), [1e3, -3e4]]),
+    "mirrored": lambda g, n: np.concatenate([a := g.standard_t(3, n // 2), -a]),
+    "far_from_zero": lambda g, n: 100 + g.standard_normal(n),
+    "tiny": lambda g, n: 1e-36 * g.standard_normal(n),
+    "huge": lambda g, n: 1e37 * g.standard_normal(n),
+    "mostly_zero": lambda g, n: g.standard_normal(n) * (g.random(n) < 0.1),
+}
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_optimal_beside_a_dynamic_program(shape, k):
+    generator = np.random.default_rng(k)
+    for n in (4, 40, 250):
+        rows = np.stack([SHAPES[shape](generator, n) for _ in range(2)]).astype(np.float32)
+        check_optimal(torch.from_numpy(rows), k)
+
+
+@pytest.mark.parametrize("shape", ["normal", "t4", "uniform", "cauchy", "five_groups"])
+def test_optimal_beyond_the_finest_sketch(shape):
+    rows = SHAPES[shape](np.random.default_rng(3), 1000)[None].astype(np.float32)
+    for k in (3, 5):
+        check_optimal(torch.from_numpy(rows), k)
+
+
+@pytest.mark.parametrize(("n", "k"), [(147, 3), (300, 3), (200, 5)])
+def test_many_noisy_rows_against_all_positions(n, k, monkeypatch):
+    """A sketch must lead to the same optimum as the dynamic program over all values."""
+    rows = torch.randn(80, n, generator=torch.Generator().manual_seed(n))
+    sketched = optimal_clusters(rows, k).inertia
+    monkeypatch.setattr("splitquant_plugins.clustering._SKETCHES", (768,))
+    assert (sketched <= optimal_clusters(rows, k).inertia * (1 + 1e-6)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrays(np.float64, st.integers(1, 24), elements=st.floats(-1e6, 1e6, width=32)),
+    st.integers(1, 5),
+)
+def test_optimal_for_any_values(values, k):
+    check_optimal(torch.from_numpy(values)[None], k)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), st.integers(2, 16), st.integers(1, 4))
+def test_optimal_with_weights(data, n, k):
+    values = data.draw(arrays(np.float64, n, elements=st.integers(-20, 20).map(float)))
+    weights = data.draw(arrays(np.float64, n, elements=st.sampled_from([0.0, 0.25, 1.0, 7.0])))
+    weights[0] = 1.0
+    check_optimal(torch.from_numpy(values)[None], k, torch.from_numpy(weights)[None])
+
+
+def test_weights_are_repetitions():
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(1, 60, generator=generator)
+    weights = torch.randint(1, 5, (1, 60), generator=generator)
+    repeated = values[0].repeat_interleave(weights[0])
+    weighted, plain = optimal_clusters(values, 3, weights=weights), optimal_clusters(repeated, 3)
+    assert torch.equal(weighted.boundaries, plain.boundaries)
+    assert torch.equal(weighted.counts, plain.counts)
+
+
+@pytest.mark.parametrize("shape", ["normal", "t4", "cauchy", "integers", "five_groups", "outliers", "mostly_zero"])
+@pytest.mark.parametrize("k", [2, 3])
+def test_counting_agrees_with_sorting(shape, k, monkeypatch):
+    """Long rows are counted in bins; sorting the same values is exact."""
+    rows = torch.from_numpy(SHAPES[shape](np.random.default_rng(5), 1 << 17)[None].astype(np.float32))
+    counted = optimal_clusters(rows, k)
+    monkeypatch.setattr("splitquant_plugins.clustering._SORT_BELOW", 1 << 40)
+    exact = optimal_clusters(rows, k)
+    labels = assign(rows, counted.boundaries)[0]
+    assert inertia_of(rows[0].numpy(), labels.numpy()) <= exact.inertia.item() * (1 + 1e-6)
+    assert counted.inertia.item() == pytest.approx(exact.inertia.item(), rel=1e-6)
+    assert counted.counts[0].tolist() == labels.bincount(minlength=k).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_values_are_tallied_exactly(dtype, monkeypatch):
+    values = torch.randn(20_000, generator=torch.Generator().manual_seed(2)).to(dtype)
+    values[:10] = -0.0
+    tallied = optimal_clusters(values, 3)
+    assert tallied.boundaries.dtype == dtype
+    monkeypatch.setattr("splitquant_plugins.clustering._TALLY_FROM", 1 << 40)
+    sorted_ = optimal_clusters(values, 3)
+    assert torch.equal(tallied.boundaries, sorted_.boundaries)
+    assert torch.equal(tallied.counts, sorted_.counts)
+    assert tallied.inertia.item() == pytest.approx(sorted_.inertia.item(), rel=1e-12)
+
+
+def test_rows_are_independent_and_the_answer_repeats():
+    rows = torch.randn(7, 300, generator=torch.Generator().manual_seed(3))
+    together, again = optimal_clusters(rows, 3), optimal_clusters(rows, 3)
+    assert torch.equal(together.boundaries, again.boundaries)
+    for number, row in enumerate(rows):
+        assert torch.equal(optimal_clusters(row, 3).boundaries[0], together.boundaries[number])
+
+
+def test_fewer_distinct_values_than_clusters():
+    rows = torch.tensor([[2.0, 2.0, 2.0, 2.0], [1.0, 5.0, 1.0, 5.0], [-0.0, 0.0, 1.0, 2.0]])
+    clusters = optimal_clusters(rows, 3)
+    assert clusters.sizes.tolist() == [1, 2, 3]
+    inf = torch.inf
+    assert clusters.boundaries.tolist() == [[inf, inf], [5.0, inf], [1.0, 2.0]]
+    assert clusters.inertia.tolist() == [0.0, 0.0, 0.0]
+    assert clusters.counts.tolist() == [[4, 0, 0], [2, 2, 0], [2, 1, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("shared", [True, False])
+def test_parts_hold_each_value_once(dtype, columns, shared):
+    rows = torch.randn(5, 400, generator=torch.Generator().manual_seed(4)).to(dtype)
+    bounds = optimal_clusters(rows.reshape(1, -1) if shared else rows, columns + 1).boundaries
+    # A value on the boundary, duplicated, and both zeros.
+    rows[:, 0], rows[:, 1], rows[:, 2] = bounds[0, 0], bounds[0, 0], -0.0
+    parts = masked_parts(rows, bounds)
+    labels = assign(rows, bounds)
+    assert len(parts) == columns + 1
+    for number, part in enumerate(parts):
+        assert torch.equal(part, torch.where(labels == number, rows, torch.zeros_like(rows)))
+
+
+def test_parts_of_a_transposed_tensor():
+    rows = torch.randn(30, 20, generator=torch.Generator().manual_seed(5)).T
+    parts = masked_parts(rows, torch.tensor([[-0.5, 0.5]]))
+    assert torch.equal(sum(parts), rows)
+    assert all(part.shape == rows.shape for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("values", "k", "weights", "message"),
+    [
+        (torch.ones(3), 0, None, "k=0"),
+        (torch.ones(0), 2, None, "nothing to cluster"),
+        (torch.ones(3, dtype=torch.int64), 2, None, "dtype"),
+        (torch.tensor([1.0, torch.nan]), 2, None, "not all finite"),
+        (torch.tensor([1.0, torch.inf]), 2, None, "not all finite"),
+        (torch.ones(3), 2, torch.ones(2), "weights of shape"),
+        (torch.ones(3), 2, -torch.ones(3), "not negative"),
+        (torch.ones(3), 2, torch.zeros(3), "all zero"),
+    ],
+)
+def test_impossible_input_is_named(values, k, weights, message):
+    with pytest.raises(InputError, match=message):
+        optimal_clusters(values, k, weights=weights)
