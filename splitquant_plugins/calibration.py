@@ -111,7 +111,7 @@ def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
         extent = (kernel[axis] - 1) * dilation[axis] + 1
         patches = patches.unfold(2 + axis, extent, layer.stride[axis])[..., :: dilation[axis]]
     # [batch, channels, *out, *kernel] -> [groups, batch, *out, channels / groups, *kernel]
-    patches = patches.unflatten(1, (layer.groups, -1))
+    patches = patches.reshape(len(patches), layer.groups, -1, *patches.shape[2:])
     out_axes = list(range(3, 3 + spatial))
     kernel_axes = list(range(3 + spatial, 3 + 2 * spatial))
     patches = patches.permute(1, 0, *out_axes, 2, *kernel_axes)
@@ -128,7 +128,8 @@ class _RunningMean:
         self.samples = 0
 
     def add(self, inputs: Tensor, mask: Tensor | None) -> None:
-        is_convolution = isinstance(self.layer, _CONVOLUTIONS)
+        layer = self.layer
+        is_convolution = isinstance(layer, _CONVOLUTIONS)
         if not is_convolution and mask is not None and inputs.ndim >= 3 and inputs.shape[:2] == mask.shape:
             inputs = inputs[mask.to(inputs.device) != 0]
         if not torch.isfinite(inputs).all():
@@ -137,11 +138,13 @@ class _RunningMean:
                 "model in a wider dtype"
             )
         # A chunk is a run of examples: an unfolded image takes kernel-size times its own memory.
-        if not is_convolution:
+        if not isinstance(layer, _CONVOLUTIONS):
             inputs = inputs.reshape(-1, inputs.shape[-1])
+        elif inputs.ndim == layer.weight.ndim - 1:
+            inputs = inputs.unsqueeze(0)
         per_example = max(inputs[:1].numel(), 1) * (self._taps() if is_convolution else 1)
-        for chunk in inputs.split(max(_CHUNK_ELEMENTS // per_example, 1)):
-            self._add_rows(input_rows(self.layer, chunk).to(self.matrix))
+        for chunk in torch.split(inputs, max(_CHUNK_ELEMENTS // per_example, 1)):
+            self._add_rows(input_rows(layer, chunk).to(self.matrix))
 
     def _taps(self) -> int:
         return int(self.layer.weight[0, 0].numel()) if isinstance(self.layer, _CONVOLUTIONS) else 1

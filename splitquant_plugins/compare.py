@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -78,6 +78,21 @@ def calibration_batches(model: str, source: str, limit: int = CALIBRATION_TEXTS)
     """Tokenize the first texts of a csv for calibration; its labels, if any, are not read."""
     texts = load_unlabelled(source, limit)
     return tokenize(load_tokenizer(model), texts, max_length_of_config(model), batch_size=32)
+
+
+def equal_storage_runs(plugins: Plugins, runs: Sequence[Run]) -> list[Run]:
+    """Return, for the split runs, plain ones of as many bits: k parts of b bits against one of k·b, at most 8.
+
+    They are simulated on the same kind of grid, since backends have no 6-bit weights.
+    """
+    backend = plugins.backend("simulated")
+    found: dict[WeightFormat, Run] = {}
+    for run in runs:
+        if run.first is not None and run.first.config.budget is None:
+            bits = min(8, run.first.config.k * run.format.bits)
+            form = replace(run.format, weights=f"int{bits}", bits=bits)
+            found.setdefault(form, Run(backend, form, UNSPLIT, run.seed, None))
+    return list(found.values())
 
 
 def load_subject(model: str, data: str, limit: int | None = None) -> Subject:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -132,7 +133,7 @@ def boundaries_of(parts: Sequence[Tensor]) -> tuple[float, ...]:
     """Return the values halfway between the nonzero values of neighbouring parts; () where ranges overlap."""
     ranges = [(float(held.min()), float(held.max())) for held in (part[part != 0] for part in parts) if held.numel()]
     ranges.sort()
-    pairs = list(zip(ranges, ranges[1:], strict=False))
+    pairs = list(pairwise(ranges))
     if any(below[1] >= above[0] for below, above in pairs):
         return ()
     return tuple((below[1] + above[0]) / 2 for below, above in pairs)

@@ -94,6 +94,8 @@ class Manifest(BaseModel):
 def manifest_of(model: nn.Module) -> Manifest:
     """Return the manifest of a split model; SkeletonMismatchError where the model was not split."""
     manifest = getattr(model, ATTRIBUTE, None)
+    if manifest is None:  # PT2E hands on the meta of a graph module, not its attributes
+        manifest = (getattr(model, "meta", None) or {}).get(ATTRIBUTE)
     if not isinstance(manifest, Manifest):
         raise SkeletonMismatchError(f"{type(model).__name__} was not split: it carries no manifest")
     return manifest

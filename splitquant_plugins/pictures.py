@@ -16,8 +16,8 @@ from splitquant_plugins.inspection import Inspection
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#882255")
-INK, FAINT = "#222222", "#6b6b6b"
-PANEL_INCHES = (3.1, 2.1)
+INK, FAINT, WHOLE = "#222222", "#6b6b6b", "#d5d5d5"
+PANEL_INCHES = (3.1, 1.9)
 MAX_COLUMNS = 8
 
 
@@ -109,14 +109,11 @@ def _draw(axes: Any, layer: Inspection, font: float, *, labels: bool = False) ->
     edges = layer.histogram.edges.numpy()
     whole = layer.histogram.whole.numpy()
     shared = sum(part.numpy() for part in layer.histogram.parts)
-    if (shared > whole).any():  # parts that overlap, as those of a residual split: outlines over the whole
-        axes.stairs(whole, edges, fill=True, color="#d5d5d5")
-        for part, colour in zip(layer.histogram.parts, _colours(layer), strict=True):
-            axes.stairs(part.numpy(), edges, color=colour, linewidth=1.2)
-    else:
-        axes.stairs(whole, edges, fill=True, color="#d5d5d5")
-        for part, colour in zip(layer.histogram.parts, _colours(layer), strict=True):
-            axes.stairs(part.numpy(), edges, fill=True, color=colour, alpha=0.85)
+    disjoint = bool((shared <= whole).all())  # the parts of a residual split overlap: outlines over the whole
+    style: dict[str, Any] = {"fill": True, "alpha": 0.85} if disjoint else {"linewidth": 1.2}
+    axes.stairs(whole, edges, fill=True, color=WHOLE)
+    for part, colour in zip(layer.histogram.parts, _colours(layer), strict=True):
+        axes.stairs(part.numpy(), edges, color=colour, **style)
     for boundary in layer.boundaries:
         axes.axvline(boundary, color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
     axes.set_yscale("log")
@@ -144,7 +141,7 @@ def _caption(layer: Inspection) -> str:
     shape = "×".join(map(str, layer.shape))
     if layer.reason:
         return f"{shape}, whole: {_shortened(layer.reason, 40)}"
-    gains = ", ".join(f"{gain.gain_db:+.1f} dB per {name}" for name, gain in layer.gains.items())
+    gains = ", ".join(f"{gain.gain_db:+.1f} dB/{name}" for name, gain in layer.gains.items())
     return f"{shape}: {gains}"
 
 

@@ -37,6 +37,7 @@ BUILTIN_PLUGINS = (
     "splitquant_plugins.builtin.layers",
     "splitquant_plugins.builtin.activations",
     "splitquant_plugins.builtin.batchnorm",
+    "splitquant_plugins.builtin.backends",
 )
 BLOCK_VARIABLE = "SPLITQUANT_BLOCK_PLUGINS"
 STRICT_VARIABLE = "SPLITQUANT_STRICT"

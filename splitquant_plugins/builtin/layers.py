@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from splitquant_plugins.config import SplitConfig
     from splitquant_plugins.modules import SplitModule
-    from splitquant_plugins.plan import Granularity, LayerPlan, Skip
+    from splitquant_plugins.plan import LayerPlan, Skip
 
 
 @hookimpl(trylast=True)
@@ -21,7 +21,7 @@ def splitquant_select_layer(name: str, module: nn.Module, config: SplitConfig) -
     """Select Linear and convolution layers; say why not for their parametrized or specialised kin."""
     from torch import nn
 
-    from splitquant_plugins.plan import Granularity, LayerPlan, Skip
+    from splitquant_plugins.plan import LayerPlan, Skip
 
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
@@ -33,14 +33,15 @@ def splitquant_select_layer(name: str, module: nn.Module, config: SplitConfig) -
     is_hugging_face = _is_hugging_face_conv1d(module)
     if not isinstance(module, (nn.Linear, *convolutions)) and not is_hugging_face:
         return None
-    if "weight" not in module._parameters:
-        return Skip("its weight is parametrized (weight norm or the like); remove the parametrization first")
+    for role in ("weight", "bias"):
+        if role not in module._parameters:
+            return Skip(f"its {role} is parametrized (weight norm or the like); remove the parametrization first")
     if "forward" in module.__dict__ or type(module).forward is not _plain_forward(module):
         return Skip(f"{type(module).__qualname__} has a forward of its own; a plugin can add its layer type")
     if module._forward_hooks or module._forward_pre_hooks:
         return Skip("it has forward hooks, which would be lost; remove them first")
     weight = module._parameters["weight"]
-    assert weight is not None  # the two guards above leave only layers that own their weight
+    assert weight is not None  # the guards above leave only layers that own their weight
     if is_hugging_face:
         return LayerPlan("conv1d_hf", weight.t(), module._parameters["bias"], _granularity(config, "tensor"))
     bias = module._parameters["bias"]
@@ -57,11 +58,13 @@ def splitquant_build_module(
     """Build the split module of one of the kinds above."""
     from splitquant_plugins import modules
 
+    kinds = {"conv1d": modules.SplitConv1d, "conv2d": modules.SplitConv2d, "conv3d": modules.SplitConv3d}
+    if plan.kind not in ("linear", "conv1d_hf", *kinds):
+        return None
     layers = [_part(module, plan.kind, w, b) for w, b in zip(parts["weight"], parts["bias"], strict=True)]
     if plan.kind in ("linear", "conv1d_hf"):
         return modules.SplitLinear(layers, transposed=plan.kind == "conv1d_hf")
-    kinds = {"conv1d": modules.SplitConv1d, "conv2d": modules.SplitConv2d, "conv3d": modules.SplitConv3d}
-    return kinds[plan.kind](layers) if plan.kind in kinds else None
+    return kinds[plan.kind](layers)
 
 
 def _part(module: nn.Module, kind: str, weight: Tensor | None, bias: Tensor | None) -> nn.Module:

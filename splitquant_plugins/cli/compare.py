@@ -27,6 +27,7 @@ from splitquant_plugins.cli.options import (
 )
 @click.option("--seed", "seeds", type=CommaList(int), default="0", show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), help="Use the first rows of the data only.")
+@click.option("--equal-storage", is_flag=True, help="Add plain rows that store as many bits as the split ones.")
 @grid_options
 @split_options
 @json_option
@@ -38,6 +39,7 @@ def compare(
     splits: list[str],
     seeds: list[int],
     limit: int | None,
+    equal_storage: bool,
     granularity: Any,
     group_size: int | None,
     scheme: Any,
@@ -65,7 +67,10 @@ def compare(
     options = pass_options(k, budget, jobs, extra)
     if calibration is not None:
         options["calibration"] = comparison.calibration_batches(model, calibration)
-    runs = comparison.plan_runs(Plugins.load(), backends, requests, splits, seeds, options)
+    plugins = Plugins.load()
+    runs = comparison.plan_runs(plugins, backends, requests, splits, seeds, options)
+    if equal_storage:
+        runs += comparison.equal_storage_runs(plugins, runs)
     rows = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     console = Console(stderr=True)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from splitquant_plugins.cli.options import json_option, quiet_libraries
 
+if TYPE_CHECKING:
+    from splitquant_plugins.report import Column
+
 WEIGHTS = ("int2", "int4", "int8")
+FULL = {"train_rows": 12000, "test_rows": 2000, "steps": 500}
+QUICK = {"train_rows": 400, "test_rows": 100, "steps": 5}
 PACKAGES = ("splitquant-plugins", "torch", "transformers", "optimum-quanto")
 
 
@@ -33,23 +38,75 @@ def demo(context: click.Context, seed: int, quick: bool, json_path: Path | None)
     from splitquant_plugins import report
     from splitquant_plugins.backends import WeightRequest
     from splitquant_plugins.compare import compare, plan_runs
+    from splitquant_plugins.demo.corpus import LABELS
+    from splitquant_plugins.demo.findings import findings, half_interval
+    from splitquant_plugins.demo.subject import train_subject
+    from splitquant_plugins.evaluate import linear_weights
     from splitquant_plugins.plugins import Plugins
     from splitquant_plugins.progress import track
     from splitquant_plugins.transformers_models import require_transformers
 
     started = time.perf_counter()
-    plugins = context.find_object(Plugins) or Plugins.load()
-    runs = plan_runs(plugins, ["quanto"], [WeightRequest(width) for width in WEIGHTS], ["none", "kmeans"], [seed])
     require_transformers()
+    plugins = context.find_object(Plugins) or Plugins.load()
+    requests = [WeightRequest(width) for width in WEIGHTS]
+    runs = plan_runs(plugins, ["quanto"], requests, ["none", "kmeans"], [seed])
     quiet_libraries()
-
-    from splitquant_plugins.demo.subject import train_subject
-
-    sizes = {"train_rows": 400, "test_rows": 100, "steps": 5} if quick else SIZES
-    with _one_thread():
+    sizes = QUICK if quick else FULL
+    with one_thread():
         subject = train_subject(seed, **sizes, progress=True)
         found = [row for run in track(runs, "quantizing", enabled=True) for row in compare(subject, [run])]
-    figures = {"versions": _versions(), "float_linear_bytes": _float_bytes(subject.model), **sizes}
-    rows = [{**row, **figures} for row in found]
+    versions = {name: version_of(name) for name in PACKAGES}
+    rows = [{**row, **sizes, "versions": versions} for row in found]
+
+    n, fp32 = rows[0]["n"], rows[0]["fp32_accuracy"]
+    weights = sum(weight.numel() for weight in linear_weights(subject.model).values())
+    console = Console(width=None if Console().is_terminal else 200, highlight=False)
+    console.print(
+        f"A BERT-Tiny, trained in {sizes['steps']} steps on {sizes['train_rows']} generated notes, names the one of "
+        f"{len(LABELS)} departments that a note should go to, for example:"
+    )
+    for text, label in list(zip(subject.data.texts, subject.data.labels, strict=True))[:3]:
+        console.print(f"  {LABELS[label]:>10} | {text}", markup=False)
+    margin = 100 * half_interval(fp32, n)
+    title = (
+        f"FP32 accuracy {report.percent(fp32)} on n = {n} unseen notes (95 % interval ±{margin:.1f} points), "
+        f"seed {seed}; FP32 Linear weights: 32 bits each, {report.kilobytes(4 * weights)} kB"
+    )
+    report.print_table(title, rows, _columns())
+    for sentence in findings(rows):
+        console.print(sentence)
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
+    console.print(f"{listed}; {time.perf_counter() - started:.0f} s. Next: splitquant compare MODEL --data DATA")
     report.write_rows(json_path, rows)
-    ...
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: enough for so small a model, as fast on a busy machine, and repeatable."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def version_of(package: str) -> str:
+    """Return the version of an installed package."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _columns() -> Sequence[Column]:
+    from splitquant_plugins import report
+
+    shown = ("weights", "split", "accuracy", "agreement", "weight_sqnr_db", "linear_bits_per_weight", "linear_bytes")
+    known = {column[0]: column for column in report.COMPARE_COLUMNS}
+    return [known[key] for key in (*shown, "model_bytes")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from splitquant_plugins.inspection import Inspection
+    from splitquant_plugins.report import Column
     from splitquant_plugins.split_pass import SplitQuantPass
 
 
@@ -68,7 +69,7 @@ def inspect(
     layers = list(inspections(loaded, split_pass, bits))
     title = f"{model}: splitter {splitter}, k = {split_pass.config.k}, INT{bits}"
     rows = [row_of(layer, splitter, split_pass.config.k, bits) for layer in layers]
-    report.print_table(title, rows, COLUMNS)
+    report.print_table(title, rows, _columns())
     for layer in layers:
         if layer.reason:
             click.echo(f"{layer.layer} stays whole: {layer.reason}")
@@ -161,24 +162,23 @@ def _gain(value: float) -> str:
     return f"{value:+.1f}"
 
 
-def _bits(value: float) -> str:
-    return f"{value:.2f}"
+def _count(value: int) -> str:
+    return f"{value:,}"
 
 
-def _text(value: object) -> str:
-    return str(value)
+def _columns() -> Sequence[Column]:
+    from splitquant_plugins.report import text, two_decimals
 
-
-COLUMNS = (
-    ("layer", "layer", _text),
-    ("shape", "shape", _shape),
-    ("min", "min", _number),
-    ("max", "max", _number),
-    ("outliers", "outliers", _text),
-    ("scaling_factor", "S", _number),
-    ("least_part_scaling_factor", "S split", _number),
-    ("tensor_gain_db", "dB/tensor", _gain),
-    ("channel_gain_db", "dB/channel", _gain),
-    ("channel_plain_bits_per_weight", "bits", _bits),
-    ("channel_split_bits_per_weight", "bits split", _bits),
-)
+    return (
+        ("layer", "layer", text),
+        ("shape", "shape", _shape),
+        ("min", "min", _number),
+        ("max", "max", _number),
+        ("outliers", "outliers", _count),
+        ("scaling_factor", "S", _number),
+        ("least_part_scaling_factor", "S split", _number),
+        ("tensor_gain_db", "dB/tensor", _gain),
+        ("channel_gain_db", "dB/channel", _gain),
+        ("channel_plain_bits_per_weight", "bits", two_decimals),
+        ("channel_split_bits_per_weight", "bits split", two_decimals),
+    )
