@@ -68,7 +68,8 @@ def report(title: str, rows: Sequence[Mapping[str, Any]], json_path: str | Path 
         table.add_column(column, justify="right" if _is_number(rows, column) else "left")
     for row in rows:
         table.add_row(*(_shown(row.get(column)) for column in columns))
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=180)).print(table)
     if json_path is not None:
         content = {"title": title, "machine": described, "rows": [dict(row) for row in rows]}
         Path(json_path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
