@@ -14,8 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from splitquant_plugins import UniformGrid
-from splitquant_plugins.clustering import masked_parts, optimal_clusters
+from splitquant_plugins import LayerPlan, SplitQuantPass, UniformGrid
 from splitquant_plugins.evaluate import sqnr_db
 from splitquant_plugins.pictures import COLOURS, FAINT, INK, WHOLE
 
@@ -43,7 +42,8 @@ def levels(values: Tensor) -> Tensor:
 def draw() -> Figure:
     """One row for the weight as it is, and one for each of its parts, all on the same axis."""
     weights = synthetic_weights()
-    parts = [part.flatten() for part in masked_parts(weights[None], optimal_clusters(weights[None], 3).boundaries)]
+    plan = LayerPlan("linear", weights[None], None)
+    parts = [part.flatten() for part in SplitQuantPass(k=3).split_tensors("layer", plan).weight]
     split = torch.stack([GRID.quantize_dequantize(part) for part in parts]).sum(0)
     plain_db, split_db = sqnr_db(weights, GRID.quantize_dequantize(weights)), sqnr_db(weights, split)
 
@@ -68,7 +68,7 @@ def draw() -> Figure:
         _levels(axes, levels(part))
         _label(axes, name, "0 elsewhere", _apart(levels(part)))
     below[-1].text(1.03, 0.2, f"together: SQNR {split_db:.1f} dB", transform=below[-1].transAxes, **_style(True))
-    below[-1].set_xlabel("weight value", fontsize=9, color=FAINT)
+    below[-1].set_xlabel("weight value (counts on a logarithmic scale)", fontsize=9, color=FAINT)
     figure.text(
         0.02,
         0.955,

@@ -104,7 +104,7 @@ def measure(
         if stored is None:
             bits += weight.numel() * weight.element_size() * 8
             continue
-        total = torch.stack([part.weight.double() for part in stored]).sum(0).reshape(weight.shape)
+        total = torch.stack([part.weight.detach().double() for part in stored]).sum(0).reshape(weight.shape)
         signal += float(weight.double().pow(2).sum())
         noise += float((weight.double() - total).pow(2).sum())
         bits += sum(part.bits for part in stored)

@@ -17,6 +17,7 @@ from splitquant_plugins.inspection import Inspection
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#882255")
 INK, FAINT, WHOLE = "#222222", "#6b6b6b", "#d5d5d5"
+DASHES = (0, (4, 2))
 PANEL_INCHES = (3.1, 1.9)
 MAX_COLUMNS = 8
 
@@ -62,7 +63,8 @@ def overview(title: str, layers: Sequence[Inspection]) -> Any:
     header = 0.75
     width, height = columns_wide * PANEL_INCHES[0], rows * PANEL_INCHES[1] + header
     figure = _figure(width, height)
-    figure.text(0.12 / width, 1 - 0.28 / height, title, fontsize=12, fontweight="bold", color=INK, va="center")
+    heading = _shortened(title, int(9 * width))
+    figure.text(0.12 / width, 1 - 0.28 / height, heading, fontsize=12, fontweight="bold", color=INK, va="center")
     for number, layer in enumerate(layers):
         row, column = divmod(number, columns)
         left = (column * PANEL_INCHES[0] * columns_wide / columns + 0.42) / width
@@ -70,7 +72,8 @@ def overview(title: str, layers: Sequence[Inspection]) -> Any:
         panel = (PANEL_INCHES[0] * columns_wide / columns - 0.62) / width, (PANEL_INCHES[1] - 0.82) / height
         _draw(figure.add_axes((left, bottom, *panel)), layer, font=7)
     most = max(layers, key=lambda layer: len(layer.parts))
-    _legend(figure, most, 0.12 / width, 1 - 0.56 / height)
+    bounded = any(layer.boundaries for layer in layers)
+    _legend(figure, most, 0.12 / width, 1 - 0.56 / height, bounded=bounded)
     return figure
 
 
@@ -79,7 +82,7 @@ def portrait(layer: Inspection) -> Any:
     width, height = 6.4, 3.4
     figure = _figure(width, height)
     _draw(figure.add_axes((0.09, 0.14, 0.88, 0.6)), layer, font=9, labels=True)
-    _legend(figure, layer, 0.09, 0.95)
+    _legend(figure, layer, 0.09, 0.95, bounded=bool(layer.boundaries))
     return figure
 
 
@@ -115,7 +118,7 @@ def _draw(axes: Any, layer: Inspection, font: float, *, labels: bool = False) ->
     for part, colour in zip(layer.histogram.parts, _colours(layer), strict=True):
         axes.stairs(part.numpy(), edges, color=colour, **style)
     for boundary in layer.boundaries:
-        axes.axvline(boundary, color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
+        axes.axvline(boundary, color=INK, linewidth=0.9, linestyle=DASHES)
     axes.set_yscale("log")
     axes.set_ylim(0.7, max(float(whole.max()), 1.0) * 2)
     axes.set_xlim(edges[0], edges[-1])
@@ -140,12 +143,12 @@ def _draw(axes: Any, layer: Inspection, font: float, *, labels: bool = False) ->
 def _caption(layer: Inspection) -> str:
     shape = "×".join(map(str, layer.shape))
     if layer.reason:
-        return f"{shape}, whole: {_shortened(layer.reason, 40)}"
+        return f"{shape}, stays whole: {_shortened(layer.reason, 34, end=False)}"
     gains = ", ".join(f"{gain.gain_db:+.1f} dB/{name}" for name, gain in layer.gains.items())
     return f"{shape}: {gains}"
 
 
-def _legend(figure: Any, layer: Inspection, left: float, top: float) -> None:
+def _legend(figure: Any, layer: Inspection, left: float, top: float, *, bounded: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -153,7 +156,8 @@ def _legend(figure: Any, layer: Inspection, left: float, top: float) -> None:
         Patch(color=colour, label=name.replace("_", " "))
         for name, colour in zip(layer.parts, _colours(layer), strict=True)
     ]
-    handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=(0, (4, 2)), label="boundary"))
+    if bounded:
+        handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=DASHES, label="boundary"))
     figure.legend(
         handles=handles,
         loc="center left",
@@ -170,12 +174,16 @@ def _legend(figure: Any, layer: Inspection, left: float, top: float) -> None:
 
 
 def _colours(layer: Inspection) -> list[str]:
+    if len(layer.parts) == 1:
+        return [WHOLE]
     return [COLOURS[number % len(COLOURS)] for number in range(len(layer.parts))]
 
 
-def _shortened(text: str, length: int) -> str:
-    """Keep the end of a layer's name, which tells it from its neighbours."""
-    return text if len(text) <= length else f"…{text[-length + 1 :]}"
+def _shortened(text: str, length: int, *, end: bool = True) -> str:
+    """Keep the end of a long text, which tells a layer's name from its neighbours', or else its beginning."""
+    if len(text) <= length:
+        return text
+    return f"…{text[-length + 1 :]}" if end else f"{text[: length - 1]}…"
 
 
 def _figure(width: float, height: float) -> Any:

@@ -39,8 +39,9 @@ def empty_model(config: Any, where: str | Path) -> nn.Module:
 
 def forget_tied_embeddings(model: nn.Module) -> None:
     """Tell a transformers model that its head, now split, no longer shares the embedding's weight."""
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
-        model.config.tie_word_embeddings = False
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
     tied = getattr(model, "all_tied_weights_keys", None)
     if isinstance(tied, dict):
         there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -55,11 +56,8 @@ def load_classifier(model: str) -> tuple[nn.Module, Any]:
     """
     transformers = require_transformers()
     _refuse_missing_folder(model)
-    try:
-        loaded = transformers.AutoModelForSequenceClassification.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load model {model}: {first_line(error)}") from None
-    return loaded.eval(), load_tokenizer(model)
+    loaded = _loaded_whole(transformers.AutoModelForSequenceClassification, model)
+    return loaded, load_tokenizer(model)
 
 
 def load_model(model: str) -> nn.Module:
@@ -71,10 +69,22 @@ def load_model(model: str) -> nn.Module:
     _refuse_missing_folder(model)
     try:
         config = transformers.AutoConfig.from_pretrained(model)
-        loaded: nn.Module = model_class(config, model).from_pretrained(model)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot load model {model}: {first_line(error)}") from None
-    return loaded.eval()
+    return _loaded_whole(model_class(config, model), model)
+
+
+def _loaded_whole(kind: Any, model: str) -> nn.Module:
+    """Load a model in evaluation mode; one whose checkpoint lacks weights, which would be random, is refused."""
+    try:
+        loaded, report = kind.from_pretrained(model, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load model {model}: {first_line(error)}") from None
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(f"{model} lacks {len(missing)} weights of a {type(loaded).__name__}, {missing[0]} among them")
+    whole: nn.Module = loaded.eval()
+    return whole
 
 
 def max_length_of_config(model: str, limit: int = 512) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from splitquant_plugins.report import Column
 
 WEIGHTS = ("int2", "int4", "int8")
-FULL = {"train_rows": 12000, "test_rows": 2000, "steps": 500}
+FULL = {"train_rows": 12000, "test_rows": 2000, "steps": 800}
 QUICK = {"train_rows": 400, "test_rows": 100, "steps": 5}
 PACKAGES = ("splitquant-plugins", "torch", "transformers", "optimum-quanto")
 
@@ -33,15 +32,18 @@ def demo(context: click.Context, seed: int, quick: bool, json_path: Path | None)
     """
     import time
 
+    import torch
     from rich.console import Console
 
     from splitquant_plugins import report
     from splitquant_plugins.backends import WeightRequest
     from splitquant_plugins.compare import compare, plan_runs
     from splitquant_plugins.demo.corpus import LABELS
-    from splitquant_plugins.demo.findings import findings, half_interval
+    from splitquant_plugins.demo.findings import findings
     from splitquant_plugins.demo.subject import train_subject
+    from splitquant_plugins.demo.training import one_thread
     from splitquant_plugins.evaluate import linear_weights
+    from splitquant_plugins.inspection import count_outliers
     from splitquant_plugins.plugins import Plugins
     from splitquant_plugins.progress import track
     from splitquant_plugins.transformers_models import require_transformers
@@ -55,43 +57,36 @@ def demo(context: click.Context, seed: int, quick: bool, json_path: Path | None)
     sizes = QUICK if quick else FULL
     with one_thread():
         subject = train_subject(seed, **sizes, progress=True)
+    with one_thread(), torch.no_grad():
         found = [row for run in track(runs, "quantizing", enabled=True) for row in compare(subject, [run])]
     versions = {name: version_of(name) for name in PACKAGES}
     rows = [{**row, **sizes, "versions": versions} for row in found]
 
-    n, fp32 = rows[0]["n"], rows[0]["fp32_accuracy"]
-    weights = sum(weight.numel() for weight in linear_weights(subject.model).values())
+    fp32, n = rows[0]["fp32_accuracy"], rows[0]["n"]
+    weights = list(linear_weights(subject.model).values())
+    number = sum(weight.numel() for weight in weights)
+    outliers = sum(count_outliers(weight) for weight in weights)
     console = Console(width=None if Console().is_terminal else 200, highlight=False)
     console.print(
-        f"A BERT-Tiny, trained in {sizes['steps']} steps on {sizes['train_rows']} generated notes, names the one of "
-        f"{len(LABELS)} departments that a note should go to, for example:"
+        f"A BERT-Tiny, trained from scratch in {sizes['steps']} steps on {sizes['train_rows']} generated notes, says "
+        f"which of {len(LABELS)} departments a note should go to. For example:"
     )
     for text, label in list(zip(subject.data.texts, subject.data.labels, strict=True))[:3]:
         console.print(f"  {LABELS[label]:>10} | {text}", markup=False)
-    margin = 100 * half_interval(fp32, n)
-    title = (
-        f"FP32 accuracy {report.percent(fp32)} on n = {n} unseen notes (95 % interval ±{margin:.1f} points), "
-        f"seed {seed}; FP32 Linear weights: 32 bits each, {report.kilobytes(4 * weights)} kB"
+    console.print(
+        f"FP32: accuracy {report.percent(fp32)} on n = {n} unseen notes, seed {seed}; {number:,} Linear weights in "
+        f"{report.kilobytes(4 * number)} kB, {100 * outliers / number:.2f} % of them outliers."
     )
-    report.print_table(title, rows, _columns())
+    report.print_table("optimum-quanto, plain and split", rows, _columns())
     for sentence in findings(rows):
         console.print(sentence)
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-    console.print(f"{listed}; {time.perf_counter() - started:.0f} s. Next: splitquant compare MODEL --data DATA")
+    console.print(f"{listed}; {time.perf_counter() - started:.0f} s.")
+    console.print(
+        "A model trained for a minute has few outliers. See what yours has, and what a split gains on it: "
+        "splitquant inspect MODEL, splitquant compare MODEL --data DATA"
+    )
     report.write_rows(json_path, rows)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread: enough for so small a model, as fast on a busy machine, and repeatable."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def version_of(package: str) -> str:
@@ -107,6 +102,6 @@ def version_of(package: str) -> str:
 def _columns() -> Sequence[Column]:
     from splitquant_plugins import report
 
-    shown = ("weights", "split", "accuracy", "agreement", "weight_sqnr_db", "linear_bits_per_weight", "linear_bytes")
+    shown = ("weights", "split", "accuracy", "agreement", "logit_sqnr_db", "weight_sqnr_db")
     known = {column[0]: column for column in report.COMPARE_COLUMNS}
-    return [known[key] for key in (*shown, "model_bytes")]
+    return [known[key] for key in (*shown, "linear_bits_per_weight", "linear_bytes", "model_bytes")]

@@ -54,6 +54,8 @@ def inspect(
     Nothing is written to MODEL.
     """
     from splitquant_plugins import pictures, report
+    from splitquant_plugins.errors import InputError
+    from splitquant_plugins.manifest import FILE_NAME
     from splitquant_plugins.plugins import Plugins
     from splitquant_plugins.split_pass import SplitQuantPass
     from splitquant_plugins.transformers_models import load_model
@@ -63,12 +65,14 @@ def inspect(
         pictures.check_target(picture)
         pictures.require_matplotlib()
     plugins = context.find_object(Plugins) or Plugins.load()
-    options: dict[str, Any] = {"k": k, "include": patterns, **pass_options(extra)}
+    options = {"include": patterns, **pass_options(k, None, 1, extra)}
     split_pass = SplitQuantPass(splitter=splitter, plugins=plugins, **options)
+    if (Path(model) / FILE_NAME).is_file():
+        raise InputError(f"{model} was split before; inspect the float model that it was made from")
     loaded = load_model(model)
     layers = list(inspections(loaded, split_pass, bits))
     title = f"{model}: splitter {splitter}, k = {split_pass.config.k}, INT{bits}"
-    rows = [row_of(layer, splitter, split_pass.config.k, bits) for layer in layers]
+    rows = [row_of(layer, splitter, bits) for layer in layers]
     report.print_table(title, rows, _columns())
     for layer in layers:
         if layer.reason:
@@ -116,7 +120,7 @@ def inspections(
             )
 
 
-def row_of(layer: Inspection, splitter: str, k: int, bits: int) -> dict[str, Any]:
+def row_of(layer: Inspection, splitter: str, bits: int) -> dict[str, Any]:
     """Return a layer's row of the table and of the JSON."""
     row: dict[str, Any] = {
         "layer": layer.layer,
@@ -124,7 +128,7 @@ def row_of(layer: Inspection, splitter: str, k: int, bits: int) -> dict[str, Any
         "shape": list(layer.shape),
         "weights": layer.weights,
         "splitter": splitter,
-        "k": k,
+        "k": len(layer.parts),
         "bits": bits,
         "min": layer.low,
         "max": layer.high,

@@ -17,6 +17,11 @@ from splitquant_plugins.cli.options import grid_options, json_option, pass_optio
 @click.option("--split", "splitter", default="kmeans", show_default=True, help="Splitter, or none.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to be made.")
+@click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="Work layer by layer, for checkpoints that do not fit in memory.  [default: if the checkpoint is sharded]",
+)
 @grid_options
 @split_options
 @json_option
@@ -27,6 +32,7 @@ def quantize(
     splitter: str,
     seed: int,
     output: Path,
+    stream: bool | None,
     granularity: Any,
     group_size: int | None,
     scheme: Any,
@@ -56,6 +62,7 @@ def quantize(
         splitter,
         output,
         options,
+        stream,
     )
     columns = (
         ("layers_split", "layers split", report.text),
