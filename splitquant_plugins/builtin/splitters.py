@@ -16,3 +16,9 @@ HOME = "splitquant_plugins.splitters"
 def splitquant_register_splitters(register: RegisterSplitter) -> None:
     """Register the built-in splitters."""
     register("kmeans", f"{HOME}.kmeans:KMeansSplitter", "the paper's: clusters of values, one per part")
+    register("grid", f"{HOME}.grid:GridSplitter", "codes of all parts chosen jointly for the recipe's grid")
+    register("residual", f"{HOME}.residual:ResidualSplitter", "each part carries what rounding the one before lost")
+    register("range", f"{HOME}.range:RangeSplitter", "clusters whose boundaries minimise the quantization error")
+    register("halve", f"{HOME}.halve:HalveSplitter", "baseline: outliers halved into two parts")
+    register("ocs", f"{HOME}.ocs:OcsSplitter", "baseline: outlier channel splitting")
+    register("percentile", f"{HOME}.percentile:PercentileSplitter", "baseline: clipped values, and what was cut off")

@@ -20,8 +20,11 @@ from splitquant_plugins.splitters._sketch import Sketch, price
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_RATIOS = (0.1, 0.16, 0.22, 0.25, 0.3, 0.36, 0.45, 0.6, 0.85)
+_RATIOS = (0.12, 0.2, 0.25, 0.3, 0.4, 0.6, 0.85)
 _CHUNK = 1 << 22  # levels priced at once
+_STARTS = 1 << 20  # levels of all starts together
+_SAMPLE_CELLS = 4
+_KEPT = 1024  # starts that are tried on more than one cell
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,19 @@ class Search:
         self.codes = table(list(found)).to(cells.values.device)
         reach = torch.tensor([shape.interval() for shape in found], dtype=torch.float64)
         self.below, self.above = (-reach[:, 0]).to(self.codes), reach[:, 1].to(self.codes)
+        ends = [(min(s.pins)[0], max(s.pins)[0]) if s.pins else (0.0, 0.0) for s in found]
+        self.bottom, self.top = torch.tensor(ends, dtype=torch.float64).to(self.codes).T
+        self.either = found[0].either
         self.k, self.cells, self.cover = k, cells, cover
         self.row = torch.arange(len(cells.values), device=cells.values.device)
 
     def best(self) -> Codebook:
         """The best codebook found for every cell of the sketch, in units of the cell's largest magnitude."""
         starts = self._starts()
-        shape, scale, _ = self._rank(*starts, keep=2)
+        cells = len(self.row)
+        shape, scale = self._rank(
+            *starts, keep=2 if cells > 1024 or self.codes.shape[1] ** self.k > 64 else 3 if cells > 16 else 6
+        )
         runs = [self._descend(shape[:, i], scale[:, i]) for i in range(shape.shape[1])]
         costs = torch.stack([run[2] for run in runs])
         best = costs.argmin(dim=0)
@@ -67,26 +76,39 @@ class Search:
             torch.stack([run[1] for run in runs])[best, self.row],
         )
 
-    def cost(self, shape: Tensor, scale: Tensor, row: Tensor | None = None) -> Tensor:
-        """Squared error per (cell, codebook) pair; `row` says which cell each codebook is for."""
-        row = self.row if row is None else row
-        step = max(1, _CHUNK // (self.codes.shape[1] ** self.k + self.cells.values.shape[1]))
+    def cost(self, shape: Tensor, scale: Tensor, cell: int | None = None) -> Tensor:
+        """Squared error of codebook i on cell i, or of every codebook on one cell."""
+        step = max(1, _CHUNK // self.codes.shape[1] ** self.k)
         out = []
         for at in range(0, len(shape), step):
             here = slice(at, at + step)
-            levels = sumset(self.codes[shape[here]], scale[here]).sort(dim=1).values
-            out.append(price(levels, self.cells.rows(row[here])))
+            values = sumset(self.codes[shape[here]], scale[here]).sort(dim=1).values
+            on = self.cells.rows(here if cell is None else slice(cell, cell + 1))
+            cost = price(values, on)
+            if self.cover:
+                cost = cost.masked_fill(~self._can_pin(shape[here], scale[here], on), torch.inf)
+            out.append(cost)
         return torch.cat(out)
 
-    def fit(self, shape: Tensor, scale: Tensor, row: Tensor | None = None, *, first: bool = False) -> Tensor:
+    def _can_pin(self, shape: Tensor, scale: Tensor, on: Sketch) -> Tensor:
+        """Whether every part's ends can occur: some weight must be that far out once the others pull back."""
+        above, below = self.above[shape] * scale, self.below[shape] * scale
+        bottom, top = self.bottom[shape] * scale, self.top[shape] * scale
+        others_above = above.sum(dim=1, keepdim=True) - above
+        others_below = below.sum(dim=1, keepdim=True) - below
+        low = (bottom >= 0) | (on.values[:, :1] <= bottom + others_above)
+        high = (top <= 0) | (on.values[:, -1:] >= top - others_below)
+        return ((low | high) if self.either else (low & high)).all(dim=1)
+
+    def fit(self, shape: Tensor, scale: Tensor, rows: slice | None = None, *, first: bool = False) -> Tensor:
         """Enlarge scales (all in proportion, or only the first part's) until the ranges cover the cells."""
         if not self.cover:
             return scale
-        row = self.row if row is None else row
+        cells = self.cells if rows is None else self.cells.rows(rows)
         out = scale
         for reach, need in (
-            (self.above[shape], self.cells.high[row]),
-            (self.below[shape], -self.cells.low[row]),
+            (self.above[shape], cells.high),
+            (self.below[shape], -cells.low),
         ):
             have = (out * reach).sum(dim=1, keepdim=True)
             if first:
@@ -99,54 +121,47 @@ class Search:
     def _starts(self) -> tuple[Tensor, Tensor]:
         """Shapes [starts, k] and scale ratios [starts, k] to begin with."""
         number = len(self.codes)
-        if number**min(self.k, 3) <= 400:
+        if number ** min(self.k, 3) <= 400:
             tuples = list(itertools.product(range(number), repeat=min(self.k, 3)))
         else:
             tuples = list(itertools.product(range(number), repeat=min(self.k, 2)))
         tuples = [t + (t[-1],) * (self.k - len(t)) for t in tuples]
         width = self.codes.shape[1]
-        ratios = _RATIOS if width <= 4 else tuple(r * 4 / width for r in _RATIOS) + (0.85,)
+        ratios = _RATIOS if width <= 4 else (*(r * 4 / width for r in _RATIOS), 0.85)
         steps = list(itertools.product(ratios, repeat=min(self.k - 1, 2)))
         steps = [t + (1 / width,) * (self.k - 1 - len(t)) for t in steps]
         scale = torch.tensor([(1.0, *t) for t in steps], dtype=torch.float64).cumprod(dim=1)
         shape = torch.tensor(tuples)
         pairs = torch.cartesian_prod(torch.arange(len(shape)), torch.arange(len(scale)))
+        most = max(256, _STARTS // width**self.k)
+        if len(pairs) > most:
+            pairs = pairs[torch.linspace(0, len(pairs) - 1, most).round().long()]
         return shape[pairs[:, 0]].to(self.codes.device), scale[pairs[:, 1]].to(self.codes)
 
-    def _rank(self, shape: Tensor, scale: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _rank(self, shape: Tensor, scale: Tensor, keep: int) -> tuple[Tensor, Tensor]:
         """The best `keep` starts of every cell; a sample of cells first weeds out most of the starts."""
         cells = len(self.row)
-        sample = torch.linspace(0, cells - 1, min(cells, 4)).round().long().to(self.row.device)
-        if cells > 4:
-            cost = self._grid(shape, scale, sample)
-            cost = cost / cost.amin(dim=0)
-            order = torch.cat([cost.mean(dim=1).topk(12, largest=False).indices, cost.argmin(dim=0)]).unique()
-            shape, scale = shape[order], scale[order]
-        cost = self._grid(shape, scale, self.row)
-        keep = min(keep, len(shape))
-        best = cost.topk(keep, dim=0, largest=False).indices.T
-        scales = torch.stack([self.fit(shape[best[:, i]], scale[best[:, i]]) for i in range(keep)], dim=1)
-        if not self.cover:
-            scales = scales * self._stretch(shape, scale)[best].unsqueeze(-1)
-        return shape[best], scales, cost.gather(0, best.T)
+        sample = torch.linspace(0, cells - 1, min(cells, _SAMPLE_CELLS)).round().long().tolist()
+        middle = sample[len(sample) // 2]
+        cost = self.cost(shape, self._tight(shape, scale, slice(middle, middle + 1)), middle)
+        kept = cost.topk(min(len(shape), _KEPT), largest=False).indices
+        shape, scale = shape[kept], scale[kept]
+        each = [self.cost(shape, self._tight(shape, scale, slice(c, c + 1)), c) for c in sample]
+        relative = torch.stack([cost / cost.min() for cost in each], dim=1).clamp(max=10)
+        good = relative.mean(dim=1).topk(min(12, len(shape)), largest=False).indices
+        chosen = torch.unique(torch.cat([good, relative.argmin(dim=0)]))
+        everywhere = [(shape[one].expand(cells, -1), scale[one].expand(cells, -1)) for one in chosen.unsqueeze(1)]
+        cost = torch.stack([self.cost(sh, self._tight(sh, sc)) for sh, sc in everywhere], dim=1)
+        best = chosen[cost.topk(min(keep, len(chosen)), dim=1, largest=False).indices]
+        scales = [self._tight(shape[one], scale[one]) for one in best.T]
+        return shape[best], torch.stack(scales, dim=1)
 
-    def _stretch(self, shape: Tensor, scale: Tensor) -> Tensor:
-        """Factor that makes every start just cover [-1, 1] or as much of it as it can."""
-        both = torch.stack([(scale * self.above[shape]).sum(1), (scale * self.below[shape]).sum(1)])
-        return 1 / both.amax(dim=0)
-
-    def _grid(self, shape: Tensor, scale: Tensor, row: Tensor) -> Tensor:
-        """Cost of every start on every one of the cells `row`; [starts, cells]."""
-        starts, cells = len(shape), len(row)
-        at = row.repeat(starts)
-        shape = shape.repeat_interleave(cells, dim=0)
-        scale = scale.repeat_interleave(cells, dim=0)
+    def _tight(self, shape: Tensor, scale: Tensor, rows: slice | None = None) -> Tensor:
+        """Scales in the ratios of `scale` that cover the cells and no more."""
         if self.cover:
-            # tight: as fine as covering the cell allows
-            scale = self.fit(shape, scale * 1e-6, at)
-        else:
-            scale = scale * self._stretch(shape, scale).unsqueeze(1)
-        return self.cost(shape, scale, at).reshape(starts, cells)
+            return self.fit(shape, scale * 1e-6, rows)
+        both = torch.stack([(scale * self.above[shape]).sum(1), (scale * self.below[shape]).sum(1)])
+        return scale / both.amax(dim=0).unsqueeze(1)
 
     def _descend(self, shape: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pattern search over the logarithms of the scales, and over one part's shape at a time."""

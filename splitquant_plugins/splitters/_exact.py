@@ -15,18 +15,34 @@ if TYPE_CHECKING:
 def complete(tensor: Tensor, targets: Sequence[Tensor]) -> list[Tensor]:
     """Turn all parts but the last (any float dtype) into parts of `tensor` that sum to it, in order.
 
-    The last part is `tensor` minus the running sum of the others *as its dtype computes it*, so the sum
-    differs from the tensor only where that subtraction is inexact: by less than half an ulp of the last part,
-    and only where a weight is less than about half as large as its last part (Sterbenz' lemma).
+    The last part is `tensor` minus the running sum of the others *as its dtype computes it*. Where that
+    subtraction is inexact, the part before the last gives up its lowest bits. A weight much smaller than its
+    last part has bits that no float of the last part's size can hold; there the sum stays off, by at most an
+    ulp of the larger of the weight and its last part.
     """
-    parts: list[Tensor] = []
-    running: Tensor | None = None
-    for target in targets:
-        part = target.to(tensor.dtype)
-        parts.append(part)
-        running = part if running is None else running + part
-    parts.append(tensor if running is None else tensor - running)
-    return parts
+    if not targets:
+        return [tensor]
+    parts = [target.to(tensor.dtype) for target in targets]
+    running = sum_parts(parts)
+    last = tensor - running
+    for coarser in (1, 2, 4):
+        wrong = torch.ne(running + last, tensor)
+        if not bool(wrong.any()):
+            break
+        unit = torch.ldexp(
+            torch.full_like(last[wrong], coarser * torch.finfo(tensor.dtype).eps), last[wrong].frexp().exponent - 1
+        )
+        before = sum_parts([part[wrong] for part in parts[:-1]]) if len(parts) > 1 else torch.zeros_like(unit)
+        snapped = torch.round(running[wrong] / unit) * unit
+        moved = torch.where(unit > 0, snapped - before, parts[-1][wrong])
+        rest = tensor[wrong] - (before + moved)
+        good = torch.eq(before + moved + rest, tensor[wrong])
+        index = wrong.nonzero(as_tuple=True)
+        index = tuple(axis[good] for axis in index)
+        parts[-1] = parts[-1].index_put(index, moved[good])
+        running = running.index_put(index, (before + moved)[good])
+        last = last.index_put(index, rest[good])
+    return [*parts, last]
 
 
 def sum_parts(parts: Sequence[Tensor]) -> Tensor:
@@ -35,8 +51,3 @@ def sum_parts(parts: Sequence[Tensor]) -> Tensor:
     for part in parts[1:]:
         total = total + part
     return total
-
-
-def inexact(tensor: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """Boolean mask of the weights whose parts do not sum to them bit for bit."""
-    return torch.ne(sum_parts(parts), tensor)

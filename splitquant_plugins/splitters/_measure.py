@@ -29,28 +29,23 @@ def weight_error(tensor: Tensor, parts: Sequence[Tensor], grid: Grid) -> float:
     return float((tensor.to(rounded.dtype) - rounded).square().sum(dtype=torch.float64))
 
 
-def output_error(
-    tensor: Tensor, parts: Sequence[Tensor], grid: Grid, second_moment: Tensor | None = None
-) -> float:
+def output_error(tensor: Tensor, parts: Sequence[Tensor], grid: Grid, second_moment: Tensor | None = None) -> float:
     """Mean squared error of the layer's outputs, tr(E H Eᵀ), or `weight_error` without a second moment.
 
     `second_moment` is H, shape [groups, d, d] with d = tensor[0].numel(); output channels are split evenly
     over the groups. E is the difference that rounding the parts makes.
     """
+    return float(row_error(tensor, quantized_sum(parts, grid), second_moment).sum())
+
+
+def row_error(tensor: Tensor, rounded: Tensor, second_moment: Tensor | None = None) -> Tensor:
+    """Error of every output channel on its own, float64 [tensor.shape[0]]; see `output_error`."""
+    error = (tensor.to(rounded.dtype) - rounded).reshape(tensor.shape[0], -1)
     if second_moment is None:
-        return weight_error(tensor, parts, grid)
-    rounded = quantized_sum(parts, grid)
+        return error.square().sum(dim=1, dtype=torch.float64)
     groups, d, _ = second_moment.shape
-    error = (tensor.to(rounded.dtype) - rounded).reshape(groups, -1, d)
-    return float((torch.bmm(error, second_moment.to(error)) * error).sum(dtype=torch.float64))
-
-
-def cell_error(cells: Tensor, parts: Sequence[Tensor], grid: Grid) -> Tensor:
-    """`weight_error` of every row of 2-D `cells` on its own, float64 [cells]; parts are cut the same way."""
-    total = torch.zeros_like(cells)
-    for part in parts:
-        total = total + round_cells(part, grid)
-    return (cells - total).square().sum(dim=1, dtype=torch.float64)
+    error = error.reshape(groups, -1, d)
+    return (torch.bmm(error, second_moment.to(error)) * error).sum(dim=2, dtype=torch.float64).flatten()
 
 
 def round_cells(cells: Tensor, grid: Grid) -> Tensor:

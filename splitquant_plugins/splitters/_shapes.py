@@ -26,13 +26,14 @@ class Shape:
 
     `codes`: the levels in use, ascending, one step apart. `low`, `high`: the range; all values of the part lie
     in it. `pins`: (value, level) pairs that must each occur in the part so that the backend derives this
-    scale and zero point; `level` is what the backend rounds the value to.
+    scale and zero point; `level` is what the backend rounds the value to. `either`: one of the pins will do.
     """
 
     codes: tuple[float, ...]
     low: float
     high: float
     pins: tuple[tuple[float, float], ...]
+    either: bool = False
 
     def interval(self) -> tuple[float, float]:
         """Smallest and largest value that any weight may have in the part, pins apart."""
@@ -70,13 +71,8 @@ def _shape(grid: Grid, low: float, high: float) -> Shape:
         # ties are only met at the clipped end of a symmetric range, where both codes are the last one
         return min(max(float(round(value)), bottom), top)
 
-    if grid.scheme == "symmetric":
-        pins: tuple[tuple[float, float], ...] = ((high, level(high)),)
-        if len(inside) > 1 and float(inside[0]) < -float(inside[-1]):
-            inside = inside[1:]
-    else:
-        pins = tuple((end, level(end)) for end in (low, high) if end != 0)
-    return Shape(tuple(inside.tolist()), low, high, pins)
+    pins = tuple((end, level(end)) for end in (high, low) if end != 0)
+    return Shape(tuple(inside.tolist()), low, high, pins, either=grid.scheme == "symmetric")
 
 
 def table(found: list[Shape]) -> Tensor:

@@ -1,0 +1,156 @@
+"""Parts chosen for the grid that they will be rounded to: sums of k codes instead of one code and zeros."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from splitquant_plugins.splitters._codebook import Codebook, Search
+from splitquant_plugins.splitters._exact import complete
+from splitquant_plugins.splitters._feedback import choose
+from splitquant_plugins.splitters._measure import quantized_sum, row_error
+from splitquant_plugins.splitters._pieces import by_cells, required
+from splitquant_plugins.splitters._realise import levels, nearest, realise
+from splitquant_plugins.splitters._shapes import Shape, shapes
+from splitquant_plugins.splitters._sketch import sketch, sketch_size
+from splitquant_plugins.splitters.base import Splitter, SplitterOptions
+from splitquant_plugins.splitters.range import choose_cuts, range_parts
+from splitquant_plugins.splitters.residual import choose_ranges, residual_parts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from splitquant_plugins.grid import Grid
+    from splitquant_plugins.plan import TensorPlan
+
+_SKETCH = 256
+_MOST_SUMS = 1024  # with more, codes are chosen part after part
+
+
+class GridOptions(SplitterOptions):
+    """Options of the `grid` splitter.
+
+    `use_second_moment`: choose codes for the least output error where calibration data were given.
+    """
+
+    use_second_moment: bool = True
+
+
+class GridSplitter(Splitter):
+    """Choose scales and codes of all parts jointly, for the least error of the sum of the rounded parts.
+
+    Also makes the parts of `residual` and of `range`, and the tensor in one part, measures each through the
+    grid, and returns per output channel (per tensor on a per-tensor grid) what is best.
+    """
+
+    Options: ClassVar[type[SplitterOptions]] = GridOptions
+    uses_calibration: ClassVar[bool] = True
+    needs_grid: ClassVar[bool] = True
+
+    def split(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> Sequence[Tensor]:
+        """Return `plan.k` parts that sum to `tensor` (up to half an ulp of the last part)."""
+        if plan.k == 1:
+            return [tensor]
+        k, grid_, options = plan.k, required(grid, plan), plan.options
+        use = not isinstance(options, GridOptions) or options.use_second_moment
+        moment = plan.second_moment if use else None
+        if moment is not None:
+            moment = moment.to(tensor.device)
+
+        def residual(cells: Tensor) -> list[Tensor]:
+            return residual_parts(cells, choose_ranges(cells, grid_, k)[0], grid_)
+
+        def ranges(cells: Tensor) -> list[Tensor]:
+            return range_parts(cells, choose_cuts(cells, grid_, k)[0])
+
+        makers: list[Callable[[], list[Tensor]]] = [
+            lambda: complete(tensor, by_cells(tensor, grid_, residual)[:-1]),
+            lambda: by_cells(tensor, grid_, ranges),
+            lambda: [tensor] + [torch.zeros_like(tensor) for _ in range(k - 1)],
+        ]
+        found = shapes(grid_)
+        if max(len(shape.codes) for shape in found) ** k <= _MOST_SUMS:
+            if moment is not None:
+                makers.insert(0, lambda: complete(tensor, joint_parts(tensor, grid_, found, k, moment)[:-1]))
+            makers.insert(0, lambda: complete(tensor, joint_parts(tensor, grid_, found, k)[:-1]))
+        return _best(tensor, makers, grid_, moment)
+
+
+def joint_parts(
+    tensor: Tensor, grid: Grid, found: Sequence[Shape], k: int, moment: Tensor | None = None
+) -> list[Tensor]:
+    """The k parts, float32 or wider, that make the most of the sums of k codes."""
+
+    def book(cells: Tensor) -> Codebook:
+        peak = cells.abs().amax(dim=1, keepdim=True).double()
+        chosen = Search(found, k, sketch(cells, sketch_size(len(cells), _SKETCH))).best()
+        return Codebook(chosen.shape, chosen.scale * peak)
+
+    if moment is None:
+        return by_cells(tensor, grid, lambda cells: realise(cells, found, book(cells)))
+    return by_cells_with_moment(tensor, grid, found, book, moment)
+
+
+def by_cells_with_moment(
+    tensor: Tensor,
+    grid: Grid,
+    found: Sequence[Shape],
+    book: Callable[[Tensor], Codebook],
+    moment: Tensor,
+) -> list[Tensor]:
+    """As `by_cells`, but codes are chosen for whole output channels, across the cells of a channel."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    pieces = [cells.to(wide) for cells in grid.cells(tensor)]
+    # an all-zero cell has no codebook; one that is tiny next to everything else stands in
+    tiny = torch.finfo(wide).tiny * 1e6
+    filled = [torch.where((cells != 0).any(dim=1, keepdim=True), cells, tiny) for cells in pieces]
+    books = [book(cells) for cells in filled]
+    tables = [levels(found, one) for one in books]
+    sums = type(tables[0])(*(torch.cat([getattr(t, name) for t in tables]) for name in tables[0].__dataclass_fields__))
+    offset, cell, start = 0, [], []
+    for cells, one in zip(pieces, tables, strict=True):
+        index = torch.arange(len(cells), device=cells.device).unsqueeze(1) + offset
+        cell.append(index.expand_as(cells))
+        start.append(nearest(cells, one))
+        offset += len(cells)
+    rows = tensor.shape[0]
+    joined = [grid.from_cells(values, tensor.shape).reshape(rows, -1) for values in (pieces, cell, start)]
+    choice = choose(joined[0], joined[1], sums, moment, joined[2]).reshape(tensor.shape)
+    parts = []
+    for cells, codebook, picked in zip(pieces, books, grid.cells(choice), strict=True):
+        values = realise(cells, found, codebook, picked)
+        live = (cells != 0).any(dim=1, keepdim=True)
+        parts.append([torch.where(live, part, 0.0) for part in values])
+    return [grid.from_cells([piece[i] for piece in parts], tensor.shape) for i in range(len(parts[0]))]
+
+
+def _best(
+    tensor: Tensor, makers: Sequence[Callable[[], list[Tensor]]], grid: Grid, moment: Tensor | None
+) -> list[Tensor]:
+    """Per output channel the candidate of least measured error; the whole tensor's on a per-tensor grid."""
+    whole = grid.granularity == "tensor" or tensor.ndim < 2
+    best: list[Tensor] = []
+    least = torch.empty(0)
+    single: list[Tensor] = []
+    single_error = float("inf")
+    for make in makers:
+        parts = make()
+        error = row_error(tensor, quantized_sum(parts, grid), moment)
+        error = error.where(torch.isfinite(error), torch.inf)
+        total = float(error.sum())
+        if total < single_error:
+            single, single_error = parts, total
+        if not best:
+            best, least = parts, error
+        elif not whole:
+            better = error < least
+            mask = better.reshape(-1, *[1] * (tensor.ndim - 1))
+            best = [torch.where(mask, new, old) for new, old in zip(parts, best, strict=True)]
+            least = torch.where(better, error, least)
+    if whole:
+        return single
+    # channels are independent on every grid known; where they turn out not to be, no mixture
+    mixed = float(row_error(tensor, quantized_sum(best, grid), moment).sum())
+    return best if mixed <= single_error else single

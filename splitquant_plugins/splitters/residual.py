@@ -1,0 +1,144 @@
+"""Residual quantization: every part carries what the parts before it could not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from splitquant_plugins.splitters._exact import complete
+from splitquant_plugins.splitters._measure import round_cells
+from splitquant_plugins.splitters._pieces import by_cells, required
+from splitquant_plugins.splitters._sketch import sketch, sketch_size
+from splitquant_plugins.splitters.base import Splitter, SplitterOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from splitquant_plugins.grid import Grid
+    from splitquant_plugins.plan import TensorPlan
+
+_FRACTIONS = (1.0, 0.85, 0.7, 0.55, 0.42, 0.3, 0.2, 0.1)
+_SKETCH = 256
+
+
+class ResidualOptions(SplitterOptions):
+    """Options of the `residual` splitter.
+
+    `search`: choose each stage's range, a fraction of what is left to carry, for the least final error;
+    otherwise every stage spans all of it.
+    """
+
+    search: bool = True
+
+
+class ResidualSplitter(Splitter):
+    """P1 = Q(clip(W)), P2 = Q(clip(W - P1)), ...; the last part is the exact remainder."""
+
+    Options: ClassVar[type[SplitterOptions]] = ResidualOptions
+    needs_grid: ClassVar[bool] = True
+
+    def split(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> Sequence[Tensor]:
+        """Return `plan.k` parts that sum to `tensor` (up to half an ulp of the last part)."""
+        if plan.k == 1:
+            return [tensor]
+        grid_, options = required(grid, plan), plan.options
+        search = not isinstance(options, ResidualOptions) or options.search
+
+        def split(cells: Tensor) -> Sequence[Tensor]:
+            ranges = choose_ranges(cells, grid_, plan.k)[0] if search else full_ranges(cells, plan.k)
+            return residual_parts(cells, ranges, grid_)
+
+        targets = by_cells(tensor, grid_, split)[:-1]
+        return complete(tensor, targets)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Per cell: each stage's range as a fraction of what is left [cells, k - 1], and whether it is kept [cells].
+
+    A stage that keeps its range holds no value outside it; otherwise its values are rounded to whole levels,
+    which may lie a fraction of a step outside.
+    """
+
+    fraction: Tensor
+    kept: Tensor
+
+    def where(self, better: Tensor, other: Ranges) -> Ranges:
+        """`other` for the cells in the mask `better`."""
+        return Ranges(
+            torch.where(better.unsqueeze(1), other.fraction, self.fraction),
+            torch.where(better, other.kept, self.kept),
+        )
+
+
+def full_ranges(cells: Tensor, k: int) -> Ranges:
+    """Every stage spans all that is left."""
+    fraction = torch.ones(len(cells), k - 1, dtype=torch.float64, device=cells.device)
+    return Ranges(fraction, torch.zeros(len(cells), dtype=torch.bool, device=cells.device))
+
+
+def choose_ranges(cells: Tensor, grid: Grid, k: int) -> tuple[Ranges, Tensor]:
+    """Ranges of the first k - 1 stages of least error after the last stage, and that error [cells].
+
+    One stage's fraction is varied at a time, from a wide and from a narrow start. The error is an estimate on
+    a sketch of some hundred values per cell.
+    """
+    short = sketch(cells, sketch_size(len(cells), _SKETCH))
+    values, counts = short.values, short.counts
+
+    def cost(ranges: Ranges) -> Tensor:
+        total = torch.zeros_like(values)
+        for part in residual_parts(values, ranges, grid):
+            total = total + round_cells(part, grid)
+        return (counts * (values - total).square()).sum(dim=1)
+
+    best = full_ranges(cells, k)
+    least = cost(best)
+    for kept in (False, True):
+        for start in (1.0, 0.5):
+            now = Ranges(torch.full_like(best.fraction, start), torch.full_like(best.kept, kept))
+            error = cost(now)
+            for stage in [*range(k - 1), *range(k - 1)]:
+                for fraction in _FRACTIONS:
+                    trial = now.fraction.clone()
+                    trial[:, stage] = fraction
+                    new = Ranges(trial, now.kept)
+                    new_error = cost(new)
+                    better = new_error < error
+                    now, error = now.where(better, new), torch.where(better, new_error, error)
+            better = error < least
+            best, least = best.where(better, now), torch.where(better, error, least)
+    return best, least * cells.double().abs().amax(dim=1).square()
+
+
+def residual_parts(cells: Tensor, ranges: Ranges, grid: Grid) -> list[Tensor]:
+    """Parts of 2-D `cells`, float32 or wider, that sum to the cells."""
+    left = cells.to(torch.promote_types(cells.dtype, torch.float32))
+    parts = []
+    for stage in range(ranges.fraction.shape[1]):
+        part = _stage(left, ranges.fraction[:, stage : stage + 1].to(left.dtype), ranges.kept, grid)
+        parts.append(part)
+        left = left - part
+    return [*parts, left]
+
+
+def _stage(left: Tensor, fraction: Tensor, kept: Tensor, grid: Grid) -> Tensor:
+    """Round `left` within a fraction of its range, so that rounding the result again changes little.
+
+    The backend re-derives the scale from the rounded values. Where that would give another grid (PT2E's
+    symmetric one does), the part keeps its range: levels outside it are avoided, and the values at the ends
+    of the range stay there.
+    """
+    low, high = left.amin(dim=1, keepdim=True) * fraction, left.amax(dim=1, keepdim=True) * fraction
+    clipped = torch.minimum(torch.maximum(left, low), high)
+    rounded = round_cells(clipped, grid)
+    if not bool(kept.any()):
+        return rounded
+    scale, _ = grid.qparams(clipped)
+    inside = rounded - torch.where(rounded > high, scale, 0.0) + torch.where(rounded < low, scale, 0.0)
+    for end in (left.argmin(dim=1, keepdim=True), left.argmax(dim=1, keepdim=True)):
+        inside.scatter_(1, end, clipped.gather(1, end))
+    return torch.where(kept.unsqueeze(1), inside, rounded)
