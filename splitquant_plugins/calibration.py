@@ -153,7 +153,7 @@ class _RunningMean:
         if rows.shape[1] == 0:
             return
         total = self.samples + rows.shape[1]
-        self.matrix.mul_(self.samples / total).baddbmm_(rows.mT / total, rows)
+        self.matrix.baddbmm_(rows.mT, rows, beta=self.samples / total, alpha=1 / total)
         self.samples = total
 
 

@@ -1,0 +1,140 @@
+"""Closed-form scales and zeros for given codes (decoupleQ, arXiv 2404.12759, section 3.3).
+
+With fixed codes Q the objective is a quadratic in the scales and zeros of a row: its minimum solves a linear
+system, 2 x 2 for one cell per row, 2G x 2G for G groups. Its coefficients are sums of H over codes and ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from splitquant_plugins.decoupleq.grids import Affine, ValueGrid
+from splitquant_plugins.decoupleq.objective import Rows
+
+# Relative to a diagonal of ones; only matters where the system is singular (a cell with a single code).
+_RIDGE = 1e-11
+
+
+def fit_affine(problem: Sequence[Rows], codes: Tensor, grid: ValueGrid, current: Affine) -> Affine:
+    """Scales and zeros that minimise the error of the sum of k parts with codes [k, rows, d].
+
+    The cells of the answer (and of `current`) are those of the first part, then of the second, and so on:
+    [rows, k * cells]. Directions that the codes leave undetermined stay as in `current`. With an integer
+    zero point all of its values are tried, one cell at a time. Rows (or the tensor) for which no positive
+    scale is best keep `current`. The caller compares errors before it accepts the answer.
+    """
+    chunks = torch.split(codes, [len(rows.weight) for rows in problem], dim=1)
+    sums = _Sums.of(problem, chunks, grid)
+    points = grid.zero_points
+    fitted = _fit_zero_points(sums, current, points) if points else _fit_free(sums, current)
+    return fitted.where((fitted.scale > 0).all(dim=1), current)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Coefficients of the quadratic: inner products under H, [rows, C, C] and [rows, C] for C cells.
+
+    q is the codes of a cell (0 elsewhere), e its indicator, w the weights. One row of sums for all rows
+    where these share their scale.
+    """
+
+    qq: Tensor
+    qe: Tensor
+    ee: Tensor
+    wq: Tensor
+    we: Tensor
+
+    @classmethod
+    def of(cls, problem: Sequence[Rows], codes: Sequence[Tensor], grid: ValueGrid) -> _Sums:
+        shared = grid.granularity == "tensor"
+        found = [cls._of_rows(rows, part, grid) for rows, part in zip(problem, codes, strict=True)]
+        joined = cls(*(torch.cat([getattr(sums, name.name) for sums in found]) for name in fields(cls)))
+        if not shared:
+            return joined
+        # All rows share the unknowns: their quadratics add up.
+        return cls(*(getattr(joined, name.name).sum(dim=0, keepdim=True) for name in fields(cls)))
+
+    @classmethod
+    def _of_rows(cls, rows: Rows, codes: Tensor, grid: ValueGrid) -> _Sums:
+        parts, number, columns = codes.shape
+        moment = rows.moment
+        cell = grid.cell_of_column(columns, moment.device)
+        count = int(cell[-1]) + 1
+        indicator = torch.nn.functional.one_hot(cell, count).to(moment)  # [d, cells]
+        e_moment = indicator.T @ moment  # [cells, d]
+        weighted = rows.weight @ moment
+        qq = moment.new_empty(number, parts, count, parts, count)
+        qe = moment.new_empty(number, parts, count, parts, count)
+        for group in range(count):
+            inside = cell == group
+            for part in range(parts):
+                ahead = codes[part][:, inside] @ moment[inside]
+                qq[:, part, group] = torch.stack([(ahead * other) @ indicator for other in codes], dim=1)
+                qe[:, part, :, :, group] = ((codes[part] * e_moment[group]) @ indicator)[:, :, None]
+        cells = parts * count
+        return cls(
+            qq=qq.reshape(number, cells, cells),
+            qe=qe.reshape(number, cells, cells),
+            ee=(e_moment @ indicator).repeat(parts, parts).expand(number, cells, cells),
+            wq=torch.cat([(weighted * part) @ indicator for part in codes], dim=1),
+            we=(weighted @ indicator).repeat(1, parts),
+        )
+
+
+def _fit_free(sums: _Sums, current: Affine) -> Affine:
+    top = torch.cat([sums.qq, sums.qe], dim=2)
+    bottom = torch.cat([sums.qe.mT, sums.ee], dim=2)
+    solved = _solve(
+        torch.cat([top, bottom], dim=1),
+        torch.cat([sums.wq, sums.we], dim=1),
+        torch.cat([current.scale, current.zero], dim=1),
+    )
+    scale, zero = solved.chunk(2, dim=1)
+    return Affine(scale, zero)
+
+
+def _fit_zero_points(sums: _Sums, current: Affine, candidates: tuple[int, ...]) -> Affine:
+    """One sweep over the cells, each choosing its zero point given the others, then all scales together."""
+    scale = current.scale.clone()
+    point = torch.round(-current.zero / scale)
+    for cell in range(scale.shape[1]):
+        others = scale.clone()
+        others[:, cell] = 0
+        best = torch.zeros_like(scale[:, cell])
+        for candidate in candidates:
+            # The cell's values are s (q - candidate e); what the other cells leave of the weights is fitted.
+            norm = (
+                sums.qq[:, cell, cell] - 2 * candidate * sums.qe[:, cell, cell] + candidate**2 * sums.ee[:, cell, cell]
+            )
+            cross = (
+                sums.qq[:, cell]
+                - point * sums.qe[:, cell]
+                - candidate * (sums.qe[:, :, cell] - point * sums.ee[:, cell])
+            )
+            target = sums.wq[:, cell] - candidate * sums.we[:, cell] - (cross * others).sum(dim=1)
+            usable = (norm > 0) & (target > 0)
+            gain = torch.where(usable, target.square() / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
+            better = gain > best
+            best = torch.where(better, gain, best)
+            scale[:, cell] = torch.where(better, target / norm, scale[:, cell])
+            point[:, cell] = torch.where(better, candidate, point[:, cell])
+    if scale.shape[1] > 1:
+        rows, columns = point[:, :, None], point[:, None, :]
+        system = sums.qq - columns * sums.qe - rows * sums.qe.mT + rows * columns * sums.ee
+        joint = _solve(system, sums.wq - point * sums.we, scale)
+        scale = torch.where((joint > 0).all(dim=1, keepdim=True), joint, scale)
+    return Affine(scale, -scale * point)
+
+
+def _solve(system: Tensor, right: Tensor, start: Tensor) -> Tensor:
+    """Solve the symmetric semidefinite systems [n, m, m], staying at `start` in undetermined directions."""
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    norm = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).sqrt()
+    scaled = system / norm[:, :, None] / norm[:, None, :]
+    scaled.diagonal(dim1=1, dim2=2).add_(_RIDGE)
+    residual = (right - (system @ start[:, :, None]).squeeze(2)) / norm
+    return start + torch.linalg.solve(scaled, residual) / norm

@@ -1,0 +1,320 @@
+"""The block stage of decoupleQ (arXiv 2404.12759, section 3.4): tune the floats of a whole block.
+
+With the codes frozen, scales, zeros, norms and (optionally) biases are trained so that a block of the model
+gives the outputs of the float block, on inputs that the already quantized blocks before it produce. No
+labels are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from splitquant_plugins.calibration import Batches, evaluating, iter_calls
+from splitquant_plugins.errors import ConfigError, InputError
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class QuantizedAffine(nn.Module):
+    """A weight scale * code + zero with trainable scale and zero, of a given shape.
+
+    `codes`: [out, d] integers; `scale`, `zero`: [out or 1, cells], where `cell_of_column` [d] is the cell of
+    each column (all in cell 0 if absent). `shape` is that of the layer's weight (default: that of `codes`);
+    `trains_zero=False` keeps the zero in its ratio to the scale, as an integer zero point (or 0) needs it.
+    """
+
+    codes: Tensor
+    cell_of_column: Tensor
+    ratio: Tensor
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        *,
+        cell_of_column: Tensor | None = None,
+        shape: Sequence[int] | None = None,
+        trains_zero: bool = True,
+    ) -> None:
+        super().__init__()
+        if cell_of_column is None:
+            cell_of_column = torch.zeros(codes.shape[1], dtype=torch.int64, device=codes.device)
+        self.register_buffer("codes", codes)
+        self.register_buffer("cell_of_column", cell_of_column)
+        self.register_buffer("ratio", zero / scale)
+        self.shape = torch.Size(shape if shape is not None else codes.shape)
+        self.scale = nn.Parameter(scale.detach().clone())
+        self.zero = nn.Parameter(zero.detach().clone()) if trains_zero else None
+
+    def forward(self) -> Tensor:
+        """The weight."""
+        zero = self.scale * self.ratio if self.zero is None else self.zero
+        cells = self.cell_of_column
+        values = self.codes.to(self.scale.dtype) * self.scale[:, cells] + zero[:, cells]
+        return values.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """Options of the block stage; Adam has betas (0.9, 0.99), as in the paper.
+
+    `learning_rate` is relative for scales and zeros (a step of 1e-3 changes a scale by about 0.1 % of the
+    layer's mean scale) and absolute for norms and biases. `epochs` over the calls, shuffled with `seed`;
+    `trains_norms`: also affine parameters of norm layers; `trains_biases`: also the biases of the layers.
+    """
+
+    learning_rate: float = 1e-3
+    epochs: int = 8
+    trains_norms: bool = True
+    trains_biases: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0 or not self.learning_rate > 0:
+            raise ConfigError(
+                f"epochs={self.epochs}, learning_rate={self.learning_rate}: epochs cannot be negative, and "
+                "the learning rate must be above 0"
+            )
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """Mean square error of the block's output before and after, and after each epoch (`trace`)."""
+
+    error_before: float
+    error_after: float
+    trace: tuple[float, ...]
+
+
+def tune_block(
+    block: nn.Module,
+    layers: Mapping[str, QuantizedAffine],
+    inputs: Sequence[Call],
+    targets: Sequence[Tensor],
+    options: BlockOptions | None = None,
+    *,
+    masks: Sequence[Tensor | None] | None = None,
+) -> BlockReport:
+    """Train the floats of `block`'s quantized layers until its outputs come close to `targets`.
+
+    `layers`: names of submodules of the block with their quantized weights; while training, these take the
+    place of `weight`, and in the end their best state is written both into `layers` and as plain values into
+    the block's weights. `inputs`: calls (args, kwargs); `targets`: the float block's output for each, as
+    `output_tensor` takes it. `masks`: per call the positions that count, of the leading shape of the output.
+
+    The block ends with the best state seen (the initial one, if training never helped). On an exception it
+    gets back the weights it came with. Its other parameters are never changed. Deterministic for a seed.
+    """
+    options = options or BlockOptions()
+    masks = masks if masks is not None else [None] * len(inputs)
+    if not inputs or not len(inputs) == len(targets) == len(masks):
+        raise InputError(
+            f"{len(inputs)} inputs, {len(targets)} targets, {len(masks)} masks: expected the same number of "
+            "each, and at least one"
+        )
+    parameters = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
+    requires_grad = {name: parameter.requires_grad for name, parameter in block.named_parameters()}
+    states = {name: _copied(layer.state_dict()) for name, layer in layers.items()}
+    try:
+        with evaluating(block), torch.enable_grad():
+            report = _train(block, layers, inputs, targets, masks, options)
+    except BaseException:
+        with torch.no_grad():
+            for name, parameter in block.named_parameters():
+                parameter.copy_(parameters[name])
+        for name, layer in layers.items():
+            layer.load_state_dict(states[name])
+        raise
+    finally:
+        for name, parameter in block.named_parameters():
+            parameter.requires_grad_(requires_grad[name])
+            parameter.grad = None
+    return report
+
+
+def output_tensor(output: Any) -> Tensor:
+    """The tensor that a block's output is compared by: itself, the first of a tuple, or of an HF output."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise InputError(f"a block returned {type(output).__name__}: expected a tensor, or a tuple starting with one")
+
+
+class _BlockReached(Exception):  # noqa: N818 - control flow, not a failure
+    pass
+
+
+def capture_inputs(model: nn.Module, block: nn.Module, batches: Batches) -> list[Call]:
+    """The (args, kwargs) with which the model calls `block` on each batch, detached.
+
+    Each forward pass is ended once the block is reached, so that only this block's inputs are held. Accepts
+    batches as `calibration.iter_second_moments` does. Raises InputError if the model never calls the block.
+    """
+    calls: list[Call] = []
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((_detached(args), _detached(kwargs)))
+        raise _BlockReached
+
+    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with evaluating(model), torch.no_grad():
+            for args, kwargs in iter_calls(model, batches):
+                try:
+                    model(*args, **kwargs)
+                except _BlockReached:
+                    continue
+                raise InputError("the model did not call the block whose inputs were to be captured")
+    finally:
+        handle.remove()
+    if not calls:
+        raise InputError("no calibration batches: the iterable is empty (or a one-shot iterator was used up)")
+    return calls
+
+
+def block_outputs(block: nn.Module, inputs: Sequence[Call]) -> list[Tensor]:
+    """The block's output for each call, detached; from the float block these are `tune_block`'s targets."""
+    with evaluating(block), torch.no_grad():
+        return [output_tensor(block(*args, **kwargs)).clone() for args, kwargs in inputs]
+
+
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The repeated blocks of a model, in order, with their names.
+
+    These are the children of the nn.ModuleList or nn.Sequential with the most children that contain linear
+    layers (at least two; the first such container of the most). A model without one is a block itself, named
+    "".
+    """
+    best: list[tuple[str, nn.Module]] = []
+    for prefix, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
+        blocks = [
+            (f"{prefix}.{name}" if prefix else name, child)
+            for name, child in module.named_children()
+            if any(isinstance(inner, nn.Linear) for inner in child.modules())
+        ]
+        if len(blocks) > max(len(best), 1):
+            best = blocks
+    return best or [("", model)]
+
+
+def _train(
+    block: nn.Module,
+    layers: Mapping[str, QuantizedAffine],
+    inputs: Sequence[Call],
+    targets: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    options: BlockOptions,
+) -> BlockReport:
+    for parameter in block.parameters():
+        parameter.requires_grad_(False)
+    others = list(_other_parameters(block, layers, options))
+    groups: list[dict[str, Any]] = []
+    for layer in layers.values():
+        floats = list(layer.parameters())
+        # Adam's steps do not depend on the gradient's size, so they are measured in the layer's scale.
+        unit = float(layer.scale.detach().abs().mean()) or 1.0
+        groups.append({"params": floats, "lr": options.learning_rate * unit})
+    groups.append({"params": others, "lr": options.learning_rate})
+    trained = [parameter for group in groups for parameter in group["params"]]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    generator = torch.Generator().manual_seed(options.seed)
+
+    best_error = before = _error(block, layers, inputs, targets, masks)
+    best = [parameter.detach().clone() for parameter in trained]
+    trace = []
+    for _ in range(options.epochs):
+        for index in torch.randperm(len(inputs), generator=generator).tolist():
+            optimizer.zero_grad()
+            output = _output(block, layers, inputs[index])
+            loss = _square_error(output, targets[index], masks[index])[0]
+            torch.autograd.backward(loss)
+            optimizer.step()
+        error = _error(block, layers, inputs, targets, masks)
+        trace.append(error)
+        positive = all(bool((layer.scale > 0).all()) for layer in layers.values())
+        if error < best_error and positive:
+            best_error = error
+            best = [parameter.detach().clone() for parameter in trained]
+    with torch.no_grad():
+        for parameter, value in zip(trained, best, strict=True):
+            parameter.copy_(value)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            weight = block.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            weight.copy_(layer())
+    return BlockReport(before, best_error, tuple(trace))
+
+
+def _other_parameters(
+    block: nn.Module, layers: Mapping[str, QuantizedAffine], options: BlockOptions
+) -> Iterator[nn.Parameter]:
+    if options.trains_biases:
+        for name in layers:
+            bias = block.get_submodule(name).bias
+            if isinstance(bias, nn.Parameter):
+                yield bias
+    if options.trains_norms:
+        for module in block.modules():
+            # Covers LayerNorm, GroupNorm, BatchNorm, and the RMSNorms that libraries define for themselves.
+            if "Norm" in type(module).__name__:
+                yield from module.parameters(recurse=False)
+
+
+def _output(block: nn.Module, layers: Mapping[str, QuantizedAffine], call: Call) -> Tensor:
+    """The block's output with the quantized weights in the place of its own, which stay untouched."""
+    weights = {f"{name}.weight" if name else "weight": layer() for name, layer in layers.items()}
+    return output_tensor(functional_call(block, weights, *call))
+
+
+def _error(
+    block: nn.Module,
+    layers: Mapping[str, QuantizedAffine],
+    inputs: Sequence[Call],
+    targets: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+) -> float:
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for call, target, mask in zip(inputs, targets, masks, strict=True):
+            mean, number = _square_error(_output(block, layers, call), target, mask)
+            total += float(mean) * number
+            count += number
+    return total / max(count, 1)
+
+
+def _square_error(output: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
+    """Mean square error where the mask counts, and the number of values in it."""
+    difference = output - target
+    if mask is not None and difference.shape[: mask.ndim] == mask.shape:
+        difference = difference[mask.to(difference.device) != 0]
+    return difference.square().mean(), difference.numel()
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _detached(item) for key, item in value.items()}
+    # Not named tuples and other subclasses: their constructors differ.
+    if type(value) in (tuple, list):
+        return type(value)(_detached(item) for item in value)
+    return value
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in state.items()}

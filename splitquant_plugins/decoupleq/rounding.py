@@ -1,0 +1,149 @@
+"""Codes for given levels: the integer half of the problem.
+
+Everything here is laid out [d, rows], one line per input column, because columns are taken one at a time.
+`moment` is the prepared second moment H [d, d]; rows are independent of each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_BLOCK = 64
+
+Where = slice | int | Tensor
+
+
+class Levels(Protocol):
+    """The values that a code may stand for, per column (and row)."""
+
+    def nearest(self, target: Tensor, where: Where) -> Tensor:
+        """Codes of the levels nearest to `target`, [rows] for one column or [columns, rows] for several."""
+
+    def values(self, codes: Tensor, where: Where) -> Tensor:
+        """The levels of codes, shaped as `nearest`."""
+
+
+@dataclass(frozen=True)
+class AffineLevels:
+    """scale * code + zero; `scale` and `zero` are [d, rows] or [d, 1]."""
+
+    scale: Tensor
+    zero: Tensor
+    code_range: tuple[int, int]
+
+    def nearest(self, target: Tensor, where: Where) -> Tensor:
+        """Round to nearest, clamped to the code range; float64."""
+        return torch.round((target - self.zero[where]) / self.scale[where]).clamp(*self.code_range)
+
+    def values(self, codes: Tensor, where: Where) -> Tensor:
+        """The levels of codes."""
+        return codes * self.scale[where] + self.zero[where]
+
+
+@dataclass(frozen=True)
+class TableLevels:
+    """Any levels: `table` [cells, rows or 1, levels] in ascending order; a code is a place in it.
+
+    `cell_of_column`: [d], which cell of the table holds for a column.
+    """
+
+    table: Tensor
+    cell_of_column: Tensor
+
+    def nearest(self, target: Tensor, where: Where) -> Tensor:
+        """Places of the nearest levels; float64."""
+        if isinstance(where, int):
+            table = self.table[self.cell_of_column[where]]
+            middles = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
+            middles = middles[0] if len(middles) == 1 else middles
+            found = torch.searchsorted(middles, target[:, None].contiguous() if middles.ndim > 1 else target)
+            return found.reshape(target.shape).to(target)
+        cells = self.cell_of_column[where]
+        codes = torch.empty_like(target)
+        for cell in torch.unique(cells).tolist():
+            inside = cells == cell
+            table = self.table[cell]
+            middles = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
+            wanted = target[inside].T.contiguous()
+            found = torch.searchsorted(middles[0] if len(middles) == 1 else middles, wanted)
+            codes[inside] = found.T.to(target)
+        return codes
+
+    def values(self, codes: Tensor, where: Where) -> Tensor:
+        """The levels at these places."""
+        cells = self.cell_of_column[where]
+        if isinstance(where, int):
+            table = self.table[cells].expand(len(codes), -1)
+            return table.gather(1, codes[:, None].long())[:, 0]
+        values = torch.empty_like(codes)
+        for cell in torch.unique(cells).tolist():
+            inside = cells == cell
+            places = codes[inside].T.long()
+            values[inside] = self.table[cell].expand(len(places), -1).gather(1, places).T
+        return values
+
+
+def feedback_codes(target: Tensor, moment: Tensor, levels: Levels) -> Tensor:
+    """Round `target` column by column, each error being made up for by the columns still to come.
+
+    This is GPTQ (arXiv 2210.17323) in activation order, largest diagonal of H first. Instead of a Cholesky
+    factor of the inverse of H it uses H = U D Uᵀ with U unit upper triangular, which gives the same codes
+    without an inverse: e H eᵀ = sum_j D_j (e_j + sum_{i<j} e_i U_ij)², so that column j aims at making
+    e_j = -sum_{i<j} e_i U_ij.
+    """
+    order = torch.argsort(moment.diagonal(), descending=True, stable=True)
+    lower = _unit_upper_factor(moment[order][:, order]).T.contiguous()
+    columns = order.tolist()
+    codes = torch.empty_like(target)
+    # In activation order; the codes are not.
+    error = torch.zeros_like(target)
+    for start in range(0, len(columns), _BLOCK):
+        stop = min(start + _BLOCK, len(columns))
+        aims = target[order[start:stop]] - lower[start:stop, :start] @ error[:start]
+        for place in range(start, stop):
+            column = columns[place]
+            aim = aims[place - start] - lower[place, start:place] @ error[start:place]
+            codes[column] = levels.nearest(aim, column)
+            error[place] = levels.values(codes[column], column) - target[column]
+    return codes
+
+
+def _unit_upper_factor(moment: Tensor) -> Tensor:
+    """U of H = U D Uᵀ, with ones on its diagonal; H must be positive definite."""
+    upper = torch.linalg.cholesky(moment.flip(0, 1)).flip(0, 1)
+    return upper / upper.diagonal()
+
+
+def descend(target: Tensor, moment: Tensor, codes: Tensor, levels: Levels, sweeps: int) -> Tensor:
+    """Coordinate descent: set each code in turn to the best one given all others; never worse.
+
+    Ends early when a sweep changes nothing. Beyond the paper: it repairs what one pass of rounding in a
+    fixed order cannot see.
+    """
+    everywhere = slice(None)
+    codes = codes.clone()
+    diagonal = moment.diagonal()[:, None]
+    error = levels.values(codes, everywhere) - target
+    for _ in range(sweeps):
+        changed = False
+        for start in range(0, len(target), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            gradient = moment[block] @ error
+            best = target[block] + error[block] - gradient / diagonal[block]
+            candidates = (levels.nearest(best, block) != codes[block]).any(dim=1).nonzero().flatten().tolist()
+            # Columns that only a change in this block makes worth changing wait for the next sweep.
+            for inside in candidates:
+                column = start + inside
+                best_of_column = target[column] + error[column] - gradient[inside] / diagonal[column]
+                codes[column] = levels.nearest(best_of_column, column)
+                step = levels.values(codes[column], column) - target[column] - error[column]
+                error[column] += step
+                gradient += moment[block, column, None] * step
+            changed = changed or bool(candidates)
+        if not changed:
+            break
+    return codes
