@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from splitquant_plugins.errors import ConfigError, MissingExtraError
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from splitquant_plugins.grid import Grid, GridGranularity, Scheme
     from splitquant_plugins.manifest import Manifest
     from splitquant_plugins.split_pass import ModelPass
+    from splitquant_plugins.streaming.packer import Packer
 
+Choice = TypeVar("Choice", bound=str)
 Batch = Mapping[str, "Tensor"]
 
 
@@ -134,7 +136,7 @@ class Backend(ABC):
         bits = int(request.weights.removeprefix("int"))
         return WeightFormat(request.weights, bits, granularity, group_size, scheme)
 
-    def _choice(self, option: str, value: str | None, allowed: tuple, weights: str) -> object:
+    def _choice(self, option: str, value: Choice | None, allowed: tuple[Choice, ...], weights: str) -> Choice:
         if value is None:
             return allowed[0]
         if value not in allowed:
@@ -142,6 +144,10 @@ class Backend(ABC):
                 f"backend {self.name} has no {option} {value!r} at {weights}: choose from {', '.join(allowed)}"
             )
         return value
+
+    def packer(self, chosen: WeightFormat) -> Packer | None:
+        """Return what quantizes single weights, so that checkpoints can be streamed; None where it cannot."""
+        return None
 
     @abstractmethod
     def grid(self, chosen: WeightFormat) -> Grid:

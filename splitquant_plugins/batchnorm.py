@@ -12,6 +12,8 @@ from splitquant_plugins.surgery import occurrences, replace_module
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
 def fold_batchnorms(model: nn.Module) -> list[str]:
@@ -39,7 +41,7 @@ def fold_batchnorms(model: nn.Module) -> list[str]:
     return notes
 
 
-def _conv_batchnorm_pairs(module: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+def _conv_batchnorm_pairs(module: nn.Module) -> list[tuple[Convolution, BatchNorm]]:
     """Pairs of modules that run directly after one another wherever either of them runs."""
     if not any(isinstance(child, BATCHNORMS) for child in module.modules()):
         return []
@@ -66,7 +68,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # so that a statistic read by hand is seen
 
 
-def _pairs(module: nn.Module, graph: fx.Graph) -> list[tuple[nn.Module, nn.Module]]:
+def _pairs(module: nn.Module, graph: fx.Graph) -> list[tuple[Convolution, BatchNorm]]:
     calls: dict[str, int] = {}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -79,17 +81,19 @@ def _pairs(module: nn.Module, graph: fx.Graph) -> list[tuple[nn.Module, nn.Modul
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
             continue
         if calls[str(node.target)] == 1 and calls[str(before.target)] == 1:
-            pairs.append((module.get_submodule(str(before.target)), module.get_submodule(str(node.target))))
+            conv, norm = module.get_submodule(str(before.target)), module.get_submodule(str(node.target))
+            if isinstance(conv, CONVOLUTIONS) and isinstance(norm, BATCHNORMS):
+                pairs.append((conv, norm))
     return pairs
 
 
-def _foldable(conv: nn.Module, norm: nn.Module) -> bool:
+def _foldable(conv: Convolution, norm: BatchNorm) -> bool:
     plain = type(conv) in CONVOLUTIONS and type(norm) in BATCHNORMS and "weight" in conv._parameters
     hooks = any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in (conv, norm))
     return plain and not hooks and not norm.training and norm.running_mean is not None
 
 
-def _why_not(norm: nn.Module) -> str:
+def _why_not(norm: BatchNorm) -> str:
     if norm.training:
         return "it is in training mode; call model.eval() first"
     if norm.running_mean is None:
@@ -98,7 +102,13 @@ def _why_not(norm: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _fold(conv: nn.Module, norm: nn.Module) -> None:
+def _fold(conv: Convolution, norm: BatchNorm) -> None:
+    if conv.weight.is_meta:  # the skeleton of a saved model: only its parameters are needed, not their values
+        if conv.bias is None:
+            conv.bias = nn.Parameter(torch.empty(conv.out_channels, dtype=conv.weight.dtype, device="meta"))
+        return
+    assert norm.running_mean is not None  # `_foldable` asks for statistics
+    assert norm.running_var is not None
     weight, bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from splitquant_plugins.chunked import chunks, in_threads, spans
 from splitquant_plugins.errors import (
     AlreadyQuantizedError,
     AlreadySplitError,
@@ -70,9 +71,8 @@ def refuse_unfit_weights(layers: Sequence[Layer]) -> None:
                 raise InputError(f"{where} is {tensor.dtype}; a split takes {allowed}")
             if tensor.is_meta:
                 raise InputError(f"{where} is on the meta device; load the model's weights first")
-            finite = torch.isfinite(tensor)
-            if not finite.all():
-                count = int((~finite).sum())
+            # NaN and infinity reach the sum, which takes one pass and no memory; a finite overflow needs the second.
+            if not bool(torch.isfinite(tensor.sum())) and (count := int((~torch.isfinite(tensor)).sum())):
                 raise SplitFailedError(f"{where} has {count} NaN or infinite values; repair the checkpoint")
 
 
@@ -90,14 +90,26 @@ def check_parts(where: str, tensor: Tensor, parts: Sequence[Tensor], k: int) -> 
                 f"{where}: a part is {tuple(part.shape)} {part.dtype} on {part.device}, "
                 f"not {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
-    total = sum_parts(parts)
-    if torch.equal(total, tensor):
+    if _sums_exactly(tensor, parts):
         return
+    total = sum_parts(parts)
     largest = torch.stack([part.abs() for part in parts]).amax(dim=0)
     allowed = largest * (torch.finfo(tensor.dtype).eps * max(len(parts) - 1, 0))
     error = (total - tensor).abs()
     if not bool((error <= allowed).all()):
         raise SplitFailedError(f"{where}: the parts miss the tensor by up to {float(error.max()):.3g}")
+
+
+def _sums_exactly(tensor: Tensor, parts: Sequence[Tensor]) -> bool:
+    if tensor.device.type != "cpu" or not all(each.is_contiguous() for each in (tensor, *parts)):
+        return torch.equal(sum_parts(parts), tensor)
+    flat = tensor.reshape(-1)
+    pieces = [part.reshape(-1) for part in parts]
+
+    def equal(span: slice) -> bool:
+        return all(torch.equal(sum_parts([piece[chunk] for piece in pieces]), flat[chunk]) for chunk in chunks(span))
+
+    return all(in_threads(equal, spans(flat.numel())))
 
 
 def _has_layers(model: nn.Module) -> bool:

@@ -32,6 +32,9 @@ class SplitModule(nn.Module):
     them), because parents read a child's dtype, device or values. Assigning to them is an error.
     """
 
+    fused_weight: Tensor | None
+    fused_bias: Tensor | None
+
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
         self.part_names = part_names(len(parts))
@@ -103,7 +106,7 @@ class SplitModule(nn.Module):
 
     def _fused_tensors(self) -> tuple[Tensor, Tensor | None]:
         if self.fusion == "materialised" and self.fused_weight is not None:
-            return cast(Tensor, self.fused_weight), cast("Tensor | None", self.fused_bias)
+            return self.fused_weight, self.fused_bias
         weight = sum_parts([dense_weight(part) for part in self.parts()])
         bias = self.bias
         if self.fusion == "materialised":
@@ -140,7 +143,7 @@ def sum_parts(parts: Sequence[Tensor]) -> Tensor:
 def dense_weight(module: nn.Module) -> Tensor:
     """Return the weight of a part as a plain tensor, whatever a backend has made of it."""
     if hasattr(module, "recover"):  # INC keeps packed integers and rebuilds the weight
-        return cast(Tensor, module.recover())
+        return cast(Any, module).recover()
     weight = cast(Tensor, module.weight)
     return weight.dequantize() if is_tensor_subclass(weight) else weight
 
@@ -180,7 +183,7 @@ class _SplitConv(SplitModule):
             setattr(self, name, getattr(parts[0], name))
 
     def _dense_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return cast(Tensor, self.plain._conv_forward(self, input, weight, bias))  # type: ignore[arg-type]
+        return self.plain._conv_forward(self, input, weight, bias)  # type: ignore[arg-type]
 
 
 CONV_ATTRIBUTES = (
@@ -228,7 +231,7 @@ class SplitActivation(nn.Module):
         for name in self.chunk_names:
             chunk = copy.deepcopy(activation)
             if self.inplace:
-                chunk.inplace = False  # autograd forbids writing into one of several views
+                cast(Any, chunk).inplace = False  # autograd forbids writing into one of several views
             self.add_module(name, chunk)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from splitquant_plugins.backends import Batch, WeightRequest
+from splitquant_plugins.backends import Backend, Batch, WeightFormat, WeightRequest
 from splitquant_plugins.errors import ConfigError, InputError
 from splitquant_plugins.plugins import Plugins
 from splitquant_plugins.split_pass import SplitQuantPass
+from splitquant_plugins.streaming.run import stream_model
+from splitquant_plugins.streaming.source import is_sharded
 from splitquant_plugins.transformers_models import load_model
 
-TOKENIZER_FILES = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "spiece.model")
+TOKENIZER_FILES = (
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 
 
 def quantize_model(
@@ -26,10 +40,13 @@ def quantize_model(
     splitter: str,
     output: Path,
     options: dict[str, Any],
+    stream: bool | None = None,
 ) -> dict[str, Any]:
     """Split and quantize a transformers model and save it into `output`, which must not exist yet.
 
-    Returns a row of figures. Everything that the arguments can be wrong in is checked before work begins.
+    With `stream`, a folder's safetensors are worked on layer by layer, and the model is never in memory; None
+    streams a sharded checkpoint where backend and options can. Returns a row of figures. Everything that the
+    arguments can be wrong in is checked before work begins.
     """
     chosen = plugins.backend(backend)
     chosen.require()
@@ -39,22 +56,10 @@ def quantize_model(
         raise ConfigError("split 'none': a plain model is saved by the backend's own tools; choose a splitter")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} exists and is not an empty folder; choose another --output")
-    loaded = load_model(model)
-    quantized = chosen.quantize(loaded, form, first, [example_batch(loaded)])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        chosen.save(quantized, temporary)
-        for name in TOKENIZER_FILES:
-            if (Path(model) / name).is_file():
-                shutil.copyfile(Path(model) / name, temporary / name)
-        temporary.chmod(0o755)
-        temporary.replace(output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    stored = [part for parts in quantized.layers.values() for part in parts]
-    weights = sum(parts[0].weight.numel() for parts in quantized.layers.values())
+    if stream is None:
+        needs_model = first.calibration is not None or first.config.budget is not None or first.config.activations
+        stream = is_sharded(model) and chosen.packer(form) is not None and not needs_model
+    figures = _stream if stream else _in_memory
     return {
         "model": model,
         "output": str(output),
@@ -66,6 +71,29 @@ def quantize_model(
         "split": splitter,
         "k": first.config.k,
         "seed": first.config.seed,
+        "streamed": stream,
+        **figures(chosen, model, form, first, output),
+    }
+
+
+def _in_memory(
+    chosen: Backend, model: str, form: WeightFormat, first: SplitQuantPass, output: Path
+) -> dict[str, Any]:
+    loaded = load_model(model)
+    quantized = chosen.quantize(loaded, form, first, [example_batch(loaded)])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        chosen.save(quantized, temporary)
+        _copy_tokenizer(Path(model), temporary)
+        temporary.chmod(0o755)
+        temporary.replace(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    stored = [part for parts in quantized.layers.values() for part in parts]
+    weights = sum(parts[0].weight.numel() for parts in quantized.layers.values())
+    return {
         "layers_split": len(quantized.manifest.split) if quantized.manifest else 0,
         "layers_quantized": quantized.layers_quantized,
         "bits_per_weight": sum(part.bits for part in stored) / weights,
@@ -73,6 +101,32 @@ def quantize_model(
         "split_seconds": quantized.split_seconds,
         "quantize_seconds": quantized.quantize_seconds,
     }
+
+
+def _stream(chosen: Backend, model: str, form: WeightFormat, first: SplitQuantPass, output: Path) -> dict[str, Any]:
+    packer = chosen.packer(form)
+    if packer is None:
+        raise ConfigError(f"backend {chosen.name} cannot stream a checkpoint; leave out --stream, or use quanto")
+    folder = Path(model)
+    if not folder.is_dir():
+        raise InputError(f"{model} is not a folder, and only local checkpoints are streamed; download it first")
+    made = stream_model(folder, output, first, packer, form, extras=partial(_copy_tokenizer, folder))
+    return {
+        "layers_split": len(made.manifest.split),
+        "layers_quantized": made.packed,
+        "bits_per_weight": made.bits / made.weights,
+        "model_bytes": made.bytes,
+        "split_seconds": made.split_seconds,
+        "quantize_seconds": made.pack_seconds,
+        "shards": made.shards,
+        "shards_found_done": made.shards_found_done,
+    }
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def example_batch(model: Any) -> Batch:

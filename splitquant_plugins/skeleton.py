@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -105,7 +105,7 @@ def _empty_parts(
 
     weights = [empty(plan.weight) for _ in record.parts]
     if source is not None:
-        weights = [part.weight for part in source.parts()]
+        weights = [cast(torch.Tensor, part.weight) for part in source.parts()]
     biases = [
         empty(plan.bias) if plan.bias is not None and name in record.bias_parts else None for name in record.parts
     ]

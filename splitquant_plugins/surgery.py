@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -37,7 +38,7 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
 
     What the body replaced is undone, not what it wrote into a tensor.
     """
-    tables = [
+    tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (table, dict(table))
         for module in list(model.modules())
         for table in (module._modules, module._parameters, module._buffers)

@@ -14,6 +14,7 @@ from splitquant_plugins.checkpoint import state_bytes
 from splitquant_plugins.grid import Grid
 from splitquant_plugins.manifest import manifest_of
 from splitquant_plugins.split_pass import ModelPass
+from splitquant_plugins.streaming.packer import Packer
 
 
 class QuantoBackend(Backend):
@@ -33,6 +34,12 @@ class QuantoBackend(Backend):
         from splitquant_quanto.grid import QuantoGrid
 
         return QuantoGrid(chosen.bits)
+
+    def packer(self, chosen: WeightFormat) -> Packer:
+        """Return what packs single weights as quanto does."""
+        from splitquant_quanto.streaming import QuantoPacker
+
+        return QuantoPacker(chosen.bits)
 
     def quantize(
         self,

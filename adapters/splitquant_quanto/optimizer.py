@@ -15,12 +15,27 @@ from torch import Tensor, nn
 class ZeroExactOptimizer(AffineOptimizer):
     """Give the scale of another affine optimizer, and a shift that is a multiple of it.
 
-    For quanto's default, MaxOptimizer, the range is widened to include 0 first. A cell of zeros has scale 1.
+    A range that does not include 0 is widened to it first. A cell of zeros has scale 1.
     """
 
     def __init__(self, inner: AffineOptimizer | None = None) -> None:
         self.inner = MaxOptimizer() if inner is None else inner
 
+    def __call__(
+        self, base: Tensor, qtype: qtype, axis: int, group_size: int | None = None, zeropoint: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return scale and shift of a weight, per row or group; see quanto's AffineOptimizer."""
+        scale, shift = super().__call__(base, qtype, axis, group_size)
+        if (qtype.bits, base.dtype, group_size) == (4, torch.bfloat16, 128):
+            # quanto keeps this format as tinygemm does, with 8 · scale − shift in bfloat16 instead of the shift.
+            # A scale of 4 significant bits makes all its multiples up to 15 exact, and so the zero.
+            scale = _with_four_bits(scale)
+            shift = torch.round(shift / scale) * scale
+        if zeropoint:
+            shift = torch.round(shift / scale).to(torch.uint8)
+        return scale, shift
+
+    @torch.no_grad()
     def optimize(self, base: Tensor, qtype: qtype, axis: int | None) -> tuple[Tensor, Tensor]:
         """Return scale and shift, each of the shape of `base` reduced over all but `axis`."""
         levels = 2**qtype.bits - 1
@@ -33,8 +48,18 @@ class ZeroExactOptimizer(AffineOptimizer):
             scale, shift = (high - low) / levels, -low
         else:
             scale, shift = self.inner.optimize(base, qtype, axis)
+            low, high = (-shift).clamp(max=0), (levels * scale - shift).clamp(min=0)
+            includes_zero = (shift >= 0) & (shift <= levels * scale)
+            scale = torch.where(includes_zero, scale, (high - low) / levels)
+            shift = torch.where(includes_zero, shift, -low)
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         return scale, torch.round(shift / scale).clamp(0, levels) * scale
+
+
+def _with_four_bits(scale: Tensor) -> Tensor:
+    """Round positive scales up to 4 significant bits."""
+    mantissa, exponent = torch.frexp(scale.float())
+    return torch.ldexp(torch.ceil(mantissa * 16) / 16, exponent).to(scale.dtype)
 
 
 def make_zero_exact(module: nn.Module) -> None:

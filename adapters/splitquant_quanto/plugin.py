@@ -26,6 +26,9 @@ def splitquant_attach(split_pass: ModelPass, recipe: Any) -> Any | None:
     kinds = [kind.__name__ for kind in type(recipe).__mro__ if kind.__module__.startswith("transformers.")]
     if "QuantoConfig" not in kinds:
         return None
+    from splitquant_quanto.backend import QuantoBackend
+
+    QuantoBackend().require()
     from splitquant_quanto.recipe import attach
 
     return attach(split_pass, recipe)

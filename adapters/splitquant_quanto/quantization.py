@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from optimum.quanto import QTensor, freeze, quantize
 from optimum.quanto.nn import QModuleMixin
@@ -76,7 +76,7 @@ def stored_layers(model: nn.Module) -> dict[str, list[StoredWeight]]:
 
 def stored_bytes(weight: Tensor) -> int:
     """Bytes of a quanto weight: packed codes, scales and shifts."""
-    names, _ = weight.__tensor_flatten__()
+    names, _ = cast(QTensor, weight).__tensor_flatten__()
     total = 0
     for name in names:
         inner = getattr(weight, name)

@@ -1,7 +1,7 @@
 """Saving a split, quantized model as safetensors and JSON, and loading it back.
 
 A folder holds config.json (of a transformers model), model.safetensors (packed codes, scales, shifts and the
-rest of the state), quanto_qmap.json (what quanto quantized), splitquant_manifest.json (what was split) and
+rest of the state) or shards of it with model.safetensors.index.json, quanto_qmap.json (what quanto quantized), splitquant_manifest.json (what was split) and
 splitquant_storage.json. transformers' and quanto's own loaders build the unsplit architecture and skip what
 does not fit it; `load` rebuilds the split one first, and takes a missing or unexpected tensor for an error.
 """
@@ -9,7 +9,7 @@ does not fit it; `load` rebuilds the split one first, and takes a missing or une
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -24,8 +24,10 @@ from splitquant_plugins.checkpoint import read_tensors, untied_state, write_tens
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
 from splitquant_plugins.files import read_json, write_json
 from splitquant_plugins.manifest import FILE_NAME, Manifest, apply_manifest, manifest_of
+from splitquant_plugins.modules import SplitModule
 from splitquant_plugins.split_pass import SplitQuantPass
-from splitquant_plugins.transformers_models import empty_model
+from splitquant_plugins.streaming.source import Source, is_sharded
+from splitquant_plugins.transformers_models import empty_model, first_line
 from splitquant_quanto.quantization import quantize_after
 
 WEIGHTS_FILE = "model.safetensors"
@@ -64,19 +66,26 @@ def save(model: nn.Module, folder: str | Path) -> None:
     if unfrozen:
         raise InputError(f"{unfrozen[0]} is not frozen; call optimum.quanto.freeze(model) before saving")
     folder.mkdir(parents=True, exist_ok=True)
+    # The manifest is written last, and `load` wants it first: a folder whose saving broke off does not load.
+    (folder / FILE_NAME).unlink(missing_ok=True)
     state, same_as = untied_state(model.state_dict())
     write_tensors(folder / WEIGHTS_FILE, state)
+    write_description(folder, model, qmap, same_as)
+    manifest.save(folder)
+
+
+def write_description(folder: Path, model: nn.Module, qmap: dict[str, dict[str, str]], same_as: dict[str, str]) -> None:
+    """Write what stands beside the tensors, but for the manifest; of the model only its configuration is read."""
     write_json(folder / QMAP_FILE, qmap)
     write_json(folder / STORAGE_FILE, Storage(same_as=same_as).model_dump())
     if isinstance(model, PreTrainedModel):
         config = model.config.to_dict()
         config.pop("quantization_config", None)
         write_json(folder / "config.json", {**config, "architectures": [type(model).__name__]})
-    manifest.save(folder)
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Load what `save` saved, in evaluation mode.
+    """Load what `save` or a streaming `splitquant quantize` saved, in evaluation mode.
 
     A transformers model is made from config.json; for any other, pass the unsplit float `model` to load into.
     Raises InputError for a missing or damaged file, SkeletonMismatchError where the files and the model do
@@ -90,19 +99,24 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     except ValidationError as error:
         raise InputError(f"{folder / STORAGE_FILE} is damaged: {error.errors()[0]['msg']}") from None
     if model is None:
-        config = AutoConfig.from_pretrained(folder)
+        config = _read_config(folder)
         with init_empty_weights():
             model = empty_model(config, folder)
     model = apply_manifest(model, manifest)
     for name in qmap:
         if name not in dict(model.named_modules()):
             raise SkeletonMismatchError(f"{folder} quantizes {name}, which {type(model).__name__} does not have")
-    state = read_tensors(folder / WEIGHTS_FILE)
+    state = _read_state(folder)
     for name, source in storage.same_as.items():
         if source not in state:
             raise SkeletonMismatchError(f"{folder}: tensor {name} is to share {source}, which is not there")
         state[name] = state[source]
-    requantize(model, dict(state), qmap, device=torch.device("cpu"))
+    _adopt_dtypes(model, state)
+    try:
+        requantize(model, dict(state), qmap, device=torch.device("cpu"))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # quanto's and torch's, for misfits
+        problem = " ".join(str(error).split()) or "a tensor is of the wrong kind"
+        raise SkeletonMismatchError(f"{folder / WEIGHTS_FILE} does not fit the model: {problem}") from None
     _refuse_misfit(model, state, qmap, folder)
     if isinstance(model, PreTrainedModel) and getattr(model.config, "tie_word_embeddings", False):
         model.tie_weights()
@@ -136,6 +150,24 @@ class QuantizedSplitModel(QuantizedTransformersModel):
         save(self._wrapped, save_directory)
 
 
+def _read_state(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of one file or of shards, whose index and headers are checked first."""
+    if (folder / WEIGHTS_FILE).is_file() or not is_sharded(folder):
+        return read_tensors(folder / WEIGHTS_FILE)
+    source = Source(folder)
+    return {name: source.read(name) for name in source.names}
+
+
+def _read_config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder / 'config.json'} is missing or damaged ({first_line(error)}); to load a model that is not of "
+            "transformers, pass the unsplit float model"
+        ) from None
+
+
 def _read_qmap(path: Path) -> dict[str, dict[str, str]]:
     content = read_json(path)
     if not isinstance(content, dict) or not content:
@@ -144,6 +176,17 @@ def _read_qmap(path: Path) -> dict[str, dict[str, str]]:
         return {name: _QMapEntry.model_validate(entry).model_dump() for name, entry in content.items()}
     except ValidationError as error:
         raise InputError(f"{path} is damaged: {error.errors()[0]['msg']}") from None
+
+
+def _adopt_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Give what was not split the dtype that it was saved in; that of the parts is in the manifest."""
+    parts = tuple(f"{name}." if name else "" for name, m in model.named_modules() if isinstance(m, SplitModule))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        saved = state.get(name)
+        if saved is None or name.startswith(parts):
+            continue
+        if tensor.is_floating_point() and saved.is_floating_point():
+            tensor.data = tensor.data.to(saved.dtype)
 
 
 def _refuse_misfit(model: nn.Module, state: dict[str, Tensor], qmap: dict[str, dict[str, str]], folder: Path) -> None:
@@ -163,11 +206,10 @@ def _refuse_misfit(model: nn.Module, state: dict[str, Tensor], qmap: dict[str, d
             raise SkeletonMismatchError(f"{folder}: {name} is {tuple(tensor.shape)} {tensor.dtype}, and was not taken")
     for name in qmap:
         module = model.get_submodule(name)
+        weight = cast(Tensor, module.weight)
         try:
-            fits = module.weight.dequantize().shape == (
-                torch.Size([module.out_features, module.in_features])
-                if isinstance(module, nn.Linear)
-                else module.weight.shape
+            fits = weight.dequantize().shape == (
+                torch.Size([module.out_features, module.in_features]) if isinstance(module, nn.Linear) else weight.shape
             )
         except RuntimeError:
             fits = False

@@ -1,0 +1,132 @@
+"""quanto's weights made one at a time, in blocks of rows and without modules; the same bits as quanto's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, QTensor, quantize_weight
+from torch import Tensor, nn
+
+from splitquant_plugins.streaming.headers import TensorSpec
+from splitquant_plugins.streaming.packer import Packer
+from splitquant_quanto.grid import QTYPES, QuantoGrid, group_size_of
+from splitquant_quanto.optimizer import ZeroExactOptimizer
+from splitquant_quanto.quantization import LAYERS, _splittable
+from splitquant_quanto.storage import write_description
+
+# Values quantized at once: few enough to stay in the cache.
+BLOCK = 1 << 17
+SCALES = ("input_scale", "output_scale")
+
+
+class QuantoPacker(Packer):
+    """Packs as `quantize`, `freeze` and `state_dict` of quanto do, with the zero-exact grid for parts."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        self.qtype = QTYPES[bits]
+        self.grid = QuantoGrid(bits)
+
+    def quantized(self, model: nn.Module) -> Sequence[str]:
+        """Linear and Conv2d layers."""
+        return [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
+
+    def left(self, model: nn.Module) -> Sequence[str]:
+        """Layers of kinds that quanto does not quantize."""
+        return [name for name, m in model.named_modules() if _splittable(m) and not isinstance(m, LAYERS)]
+
+    def spec(self, shape: torch.Size, dtype: torch.dtype) -> dict[str, TensorSpec]:
+        """Codes, scales and shifts, and the scales of activations, which quanto saves too."""
+        rows = torch.empty(shape, device="meta")
+        size = group_size_of(shape[1:].numel(), self.bits)
+        rows = rows if size is None else rows.reshape(-1, size)
+        scale = TensorSpec(dtype, (len(rows), *[1] * (rows.ndim - 1)))
+        last = {name: TensorSpec(dtype, ()) for name in SCALES}
+        if self.bits == 8:
+            scale = TensorSpec(dtype, ()) if len(rows) == 1 else scale
+            return {"weight._data": TensorSpec(torch.int8, tuple(shape)), "weight._scale": scale, **last}
+        height = -(-len(rows) * self.bits // 8)
+        data = TensorSpec(torch.uint8, (height, *rows.shape[1:]))
+        return {"weight._data._data": data, "weight._scale": scale, "weight._shift": scale, **last}
+
+    def pack(self, weight: Tensor, *, part: bool) -> dict[str, Tensor]:
+        """Quantize a weight to what quanto saves for it."""
+        last = {name: torch.ones((), dtype=weight.dtype) for name in SCALES}
+        size = group_size_of(weight.shape[1:].numel(), self.bits)
+        rows = weight if size is None else weight.reshape(-1, size)
+        if len(rows) < 16 * 8 // self.bits or rows.numel() <= BLOCK:
+            found = self._quantize_whole(weight, size, part)
+        elif self.bits == 8:
+            found = self._quantize_bytes(rows)
+        else:
+            found = self._quantize_packed(rows, size, part)
+        if self._kept_by_tinygemm(weight, size):
+            # tinygemm holds 8 · scale − shift in place of the shift, and rounds it.
+            half = 2 ** (self.bits - 1) * found["weight._scale"]
+            found["weight._shift"] = half - (-found["weight._shift"] + half)
+        return {**found, **last}
+
+    def _kept_by_tinygemm(self, weight: Tensor, size: int | None) -> bool:
+        """Whether quanto keeps the weight in the format of torch's own int4 kernel, on a CPU too."""
+        return (self.bits, weight.dtype, size, weight.ndim) == (4, torch.bfloat16, 128, 2)
+
+    def _quantize_whole(self, weight: Tensor, size: int | None, part: bool) -> dict[str, Tensor]:
+        """Let quanto itself do it at once; it has rules of its own for a single row."""
+        scale, shift = self._scale_and_shift(weight, size, part)
+        kwargs = {"qtype": self.qtype, "axis": 0, "scale": scale, "shift": shift, "group_size": size}
+        quantized: QTensor = quantize_weight(weight, **kwargs, optimized=False)
+        state: dict[str, Tensor] = {}
+        quantized.save_to_state_dict(state, "weight.", False)
+        return state
+
+    def _quantize_bytes(self, rows: Tensor) -> dict[str, Tensor]:
+        data = torch.empty(rows.shape, dtype=torch.int8)
+        scales = []
+        for start, end in _bounds(len(rows), rows[0].numel()):
+            scale, _ = self._scale_and_shift(rows[start:end], None, False)
+            data[start:end] = torch.ops.quanto.quantize_symmetric(
+                rows[start:end], dtype=torch.int8, axis=0, scale=scale
+            )
+            scales.append(scale)
+        return {"weight._data": data, "weight._scale": torch.cat(scales)}
+
+    def _quantize_packed(self, rows: Tensor, size: int | None, part: bool) -> dict[str, Tensor]:
+        """Quantize blocks of rows; a byte holds the codes of rows r, r + height and so on, lowest bits first."""
+        height = -(-len(rows) * self.bits // 8)
+        data = torch.empty((height, *rows.shape[1:]), dtype=torch.uint8)
+        scale = torch.empty((len(rows), *[1] * (rows.ndim - 1)), dtype=rows.dtype)
+        shift = torch.empty_like(scale)
+        for top, bottom in _bounds(height, rows[0].numel()):
+            for lane in range(8 // self.bits):
+                start, end = lane * height + top, min(lane * height + bottom, len(rows))
+                block = rows[start:end]
+                scale[start:end], shift[start:end] = self._scale_and_shift(block, size, part)
+                codes = torch.ops.quanto.quantize_affine(
+                    block, bits=self.bits, axis=0, group_size=None, scale=scale[start:end], shift=shift[start:end]
+                )
+                if lane == 0:
+                    data[top:bottom] = codes
+                else:
+                    data[top : top + end - start] |= codes << (self.bits * lane)
+        return {"weight._data._data": data, "weight._scale": scale, "weight._shift": shift}
+
+    def _scale_and_shift(self, weight: Tensor, size: int | None, part: bool) -> tuple[Tensor, Tensor | None]:
+        if self.bits == 8:
+            return AbsmaxOptimizer()(weight, qtype=self.qtype, axis=0), None
+        optimizer = ZeroExactOptimizer() if part else MaxOptimizer()
+        found: tuple[Tensor, Tensor] = optimizer(weight, qtype=self.qtype, axis=0, group_size=size)
+        return found
+
+    def describe(self, folder: Path, model: nn.Module, layers: Sequence[str], same_as: Mapping[str, str]) -> None:
+        """Write quanto's map of quantized layers, the names of shared tensors, and the configuration."""
+        entry = {"weights": self.qtype.name, "activations": "none"}
+        write_description(folder, model, {name: entry for name in layers}, dict(same_as))
+
+
+def _bounds(rows: int, width: int) -> list[tuple[int, int]]:
+    """Cut rows into even blocks of about BLOCK values, none of which is a single row: quanto treats those apart."""
+    count = max(1, min(rows * width // BLOCK, rows // 16))
+    cuts = [rows * number // count for number in range(count + 1)]
+    return list(zip(cuts[:-1], cuts[1:], strict=True))

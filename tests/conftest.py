@@ -1,0 +1,228 @@
+"""Small models made on the spot, and the plugins of this checkout."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+from splitquant_plugins import LayerPlan, Splitter, hookimpl
+from splitquant_plugins.plugins import Plugins
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+settings.register_profile("here", deadline=None, max_examples=25, database=None, derandomize=True)
+settings.load_profile("here")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def plugins() -> Plugins:
+    """The installed plugins; from a checkout that is not installed, those of this checkout."""
+    loaded = Plugins.load()
+    if "quanto" not in loaded.backends:
+        import splitquant_quanto.plugin
+
+        loaded.add(splitquant_quanto.plugin, "quanto")
+    return loaded
+
+
+@pytest.fixture
+def with_splitter(plugins: Plugins) -> Callable[..., Plugins]:
+    """Return the plugins with one more splitter, `test`, made of a function (tensor, plan) -> parts."""
+
+    def add(split: Callable[..., Sequence[Tensor]], *, bias: bool = True) -> Plugins:
+        class FromFunction(Splitter):
+            splits_bias = bias
+
+            def split(self, tensor: Tensor, plan: Any, grid: Any) -> Sequence[Tensor]:
+                return split(tensor, plan)
+
+        class Plugin:
+            @hookimpl
+            def splitquant_register_splitters(self, register: Any) -> None:
+                register("test", FromFunction, "made by a test")
+
+        plugins.add(Plugin(), "test")
+        return plugins
+
+    return add
+
+
+@pytest.fixture
+def python_path(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, str]]:
+    """Return the environment of a fresh interpreter that finds what this one finds, and some folders first."""
+
+    def environment(*first: Path) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, first), *filter(None, sys.path)])}
+
+    return environment
+
+
+@pytest.fixture
+def assert_same_function() -> Callable[..., None]:
+    """Compare two modules on inputs, exactly or within a tolerance."""
+
+    @torch.no_grad()
+    def check(one: nn.Module, other: nn.Module, *inputs: Tensor, atol: float = 1e-5) -> None:
+        ours, theirs = one(*inputs), other(*inputs)
+        ours, theirs = (getattr(o, "logits", o) for o in (ours, theirs))
+        ours, theirs = (getattr(o, "last_hidden_state", o) for o in (ours, theirs))
+        assert ours.shape == theirs.shape
+        assert float((ours - theirs).abs().max()) <= atol
+
+    return check
+
+
+@pytest.fixture
+def sum_of_parts() -> Callable[[nn.Module, str], Tensor]:
+    """Add up what the parts of a split module hold, without its own help."""
+
+    def total(split: nn.Module, role: str = "weight") -> Tensor:
+        held = [getattr(split._modules[name], role) for name in split.part_names]
+        held = [tensor.detach() for tensor in held if tensor is not None]
+        result = torch.zeros_like(held[0])
+        for tensor in held:
+            result = result + tensor
+        return result
+
+    return total
+
+
+class ConvNet(nn.Module):
+    """Convolutions, plain, grouped, depthwise and dilated, with BatchNorm and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(8)
+        self.act = nn.ReLU()
+        self.grouped = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4)
+        self.norm2 = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, stride=2, groups=8, padding_mode="reflect", padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm1(self.stem(x)))
+        x = self.act(x + self.norm2(self.grouped(x)))
+        return self.head(self.depthwise(x).mean(dim=(2, 3)))
+
+
+class TiedNet(nn.Module):
+    """One module in two places, and two Linears with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.again = self.first
+        self.twin = nn.Linear(6, 6)
+        self.twin.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.twin(self.again(self.first(x).relu()).relu())
+
+
+def settle_batchnorms(model: nn.Module) -> nn.Module:
+    """Give every BatchNorm statistics and an affine map that a fold can get wrong."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            module.weight.data.uniform_(-1.5, 1.5)
+            module.bias.data.normal_()
+    return model
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 2)).eval()
+
+
+def transformers_model(kind: str, config: dict[str, Any]) -> Any:
+    transformers = pytest.importorskip("transformers")
+    made = getattr(transformers, kind)
+    return made(made.config_class(**config)).eval()
+
+
+def bert(**options: Any) -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return transformers_model(
+        "BertForSequenceClassification", {**sizes, "vocab_size": 99, "max_position_embeddings": 24, **options}
+    )
+
+
+def gpt2(**options: Any) -> Any:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 99, "n_positions": 24}
+    return transformers_model("GPT2LMHeadModel", {**sizes, "bos_token_id": 1, "eos_token_id": 2, **options})
+
+
+def t5(**options: Any) -> Any:
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "vocab_size": 99}
+    return transformers_model("T5ForConditionalGeneration", {**sizes, "decoder_start_token_id": 0, **options})
+
+
+def vit(**options: Any) -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    return transformers_model("ViTForImageClassification", {**sizes, "image_size": 16, "patch_size": 8, **options})
+
+
+def resnet(**options: Any) -> Any:
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "layer_type": "basic"}
+    return settle_batchnorms(transformers_model("ResNetForImageClassification", {**sizes, **options}))
+
+
+@pytest.fixture
+def models() -> SimpleNamespace:
+    """The makers of small models, each with random weights, in evaluation mode."""
+    return SimpleNamespace(
+        mlp=mlp,
+        conv=lambda: settle_batchnorms(ConvNet()).eval(),
+        tied=lambda: TiedNet().eval(),
+        settle=settle_batchnorms,
+        bert=bert,
+        gpt2=gpt2,
+        t5=t5,
+        vit=vit,
+        resnet=resnet,
+    )
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    return torch.randint(3, 99, (4, 12))
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 16, 16)
+
+
+@pytest.fixture
+def no_leftovers(tmp_path: Path) -> Iterator[None]:
+    """Fail where a temporary file is left in the test's folder."""
+    yield
+    assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
+
+
+@pytest.fixture
+def linear_plan() -> Callable[[Tensor], LayerPlan]:
+    return lambda weight: LayerPlan("linear", weight, None)
