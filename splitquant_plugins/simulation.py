@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +62,9 @@ class SimulatedBackend(Backend):
         rounded: dict[int, Tensor] = {}
         for name in linear_weights(model):
             module = model.get_submodule(name)
-            weight = module.weight
+            weight = cast(Tensor, module.weight)
             if id(weight) not in rounded:
-                rounded[id(weight)] = _round(module, grid)
+                rounded[id(weight)] = _round(module, weight, grid)
                 weight.copy_(rounded[id(weight)])
             bits = grid.stored_bits(weight.shape)
             layers.setdefault(parts.get(name, name), []).append(StoredWeight(weight.detach(), bits))
@@ -95,8 +95,7 @@ class SimulatedBackend(Backend):
         raise ConfigError("backend simulated saves nothing that could be loaded")
 
 
-def _round(module: nn.Module, grid: Grid) -> Tensor:
-    weight: Tensor = module.weight
+def _round(module: nn.Module, weight: Tensor, grid: Grid) -> Tensor:
     if type(module).__name__ == "Conv1D":  # transformers keeps [in, out]
         return grid.quantize_dequantize(weight.t()).t()
     return grid.quantize_dequantize(weight)

@@ -99,7 +99,7 @@ class BackendContract:
             split = reference.get_submodule(name)
             assert isinstance(split, SplitModule)
             for part, kept in zip(split.parts(), stored, strict=True):
-                float_part: Tensor = part.weight.detach()  # type: ignore[assignment, operator]
+                float_part: Tensor = part.weight.detach()  # type: ignore[operator]
                 assert torch.equal(kept.weight, grid.quantize_dequantize(float_part)), name
                 assert not kept.weight[float_part == 0].any(), f"{name}: a zero did not come back as 0"
                 assert kept.bits >= int(weights[3:]) * kept.weight.numel()
