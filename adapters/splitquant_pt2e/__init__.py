@@ -1,0 +1,30 @@
+"""SplitQuant for PT2E: the split of an exported graph, and a quantizer for weights of 2, 4 and 8 bits."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from splitquant_pt2e.activations import chunk_scales
+    from splitquant_pt2e.graph import split_graph
+    from splitquant_pt2e.grid import Pt2eGrid
+    from splitquant_pt2e.quantizer import LowBitWeightQuantizer
+    from splitquant_pt2e.storage import load, save
+    from splitquant_pt2e.weights import stored_weights
+
+_HOME = {
+    "LowBitWeightQuantizer": "quantizer",
+    "Pt2eGrid": "grid",
+    "chunk_scales": "activations",
+    "load": "storage",
+    "save": "storage",
+    "split_graph": "graph",
+    "stored_weights": "weights",
+}
+
+__all__ = ["LowBitWeightQuantizer", "Pt2eGrid", "chunk_scales", "load", "save", "split_graph", "stored_weights"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

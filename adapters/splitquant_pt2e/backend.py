@@ -1,0 +1,125 @@
+"""PT2E as a backend of the command line and of the matrix: weights only, by LowBitWeightQuantizer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from splitquant_plugins.backends import Backend, Batch, QuantizedModel, Support, WeightFormat
+from splitquant_plugins.checkpoint import state_bytes
+from splitquant_plugins.errors import InputError
+from splitquant_plugins.grid import Grid
+from splitquant_plugins.manifest import ATTRIBUTE, Manifest
+from splitquant_plugins.split_pass import ModelPass
+
+_SUPPORT = Support(("channel", "tensor"), ("affine", "symmetric"))
+
+
+class Pt2eBackend(Backend):
+    """PT2E on the exported graph: per channel or per tensor, affine or symmetric."""
+
+    name = "pt2e"
+    extra = "pt2e"
+    packages = ("torchao",)
+    support: ClassVar = {"int2": _SUPPORT, "int4": _SUPPORT, "int8": _SUPPORT}
+
+    def grid(self, chosen: WeightFormat) -> Grid:
+        """Return the grid of the quantizer."""
+        grid: Grid = _quantizer(chosen).grid
+        return grid
+
+    def quantize(
+        self,
+        model: nn.Module,
+        chosen: WeightFormat,
+        first: ModelPass | None = None,
+        batches: Iterable[Batch] = (),
+    ) -> QuantizedModel:
+        """Export the model with a free batch size and sequence length, and quantize the graph.
+
+        The first of `batches` is the example that the model is traced with.
+        """
+        from splitquant_pt2e.compat import convert_pt2e, prepare_pt2e
+        from splitquant_pt2e.layers import stamp_names
+        from splitquant_pt2e.weights import stored_weights
+
+        example = next(iter(batches), None)
+        if example is None:
+            raise InputError("backend pt2e traces the model: give an example batch of its inputs")
+        example = _at_least_two(example)
+        started = time.perf_counter()
+        graph = export(model.eval(), example)
+        stamp_names(graph)
+        quantizer = _quantizer(chosen)
+        with torch.no_grad():
+            prepared = prepare_pt2e(graph, quantizer if first is None else first + quantizer)
+            prepared(**example)  # the observers see the weights in a forward
+            converted = convert_pt2e(prepared)
+        seconds = time.perf_counter() - started
+        manifest = converted.meta.get(ATTRIBUTE)
+        split_seconds = manifest.seconds if isinstance(manifest, Manifest) else 0.0
+        return QuantizedModel(
+            model=converted,
+            run=_runner(converted, tuple(example)),
+            layers=stored_weights(converted),
+            state_bytes=state_bytes(_tensors(converted)),
+            split_seconds=split_seconds,
+            quantize_seconds=seconds - split_seconds,
+            manifest=manifest if isinstance(manifest, Manifest) else None,
+        )
+
+    def save(self, quantized: QuantizedModel, folder: Path) -> None:
+        """Save the graph, its tensors and the manifest."""
+        from splitquant_pt2e.storage import save
+
+        save(quantized.model, folder)  # type: ignore[arg-type]
+
+    def load(self, folder: Path) -> nn.Module:
+        """Load what `save` saved, as a graph module that is called like the float model."""
+        from splitquant_pt2e.storage import load
+
+        return load(folder)
+
+
+def export(model: nn.Module, example: Batch) -> GraphModule:
+    """Export a model that takes tensors [batch, sequence] by name, with both sizes free."""
+    free = torch.export.Dim.DYNAMIC
+    shapes = {name: dict.fromkeys(range(min(tensor.ndim, 2)), free) for name, tensor in example.items()}
+    with torch.no_grad():
+        exported = torch.export.export(model, (), kwargs=dict(example), dynamic_shapes=shapes)
+    graph: GraphModule = exported.module()
+    return graph
+
+
+def _quantizer(chosen: WeightFormat) -> Any:
+    from splitquant_pt2e.quantizer import LowBitWeightQuantizer
+
+    options: dict[str, Any] = {"granularity": chosen.granularity, "scheme": chosen.scheme}
+    weights: Any = chosen.weights
+    return LowBitWeightQuantizer(weights, **options)
+
+
+def _at_least_two(example: Batch) -> dict[str, Tensor]:
+    """Repeat a single row: an export takes sizes of 1 for constants."""
+    return {name: tensor if tensor.shape[0] > 1 else torch.cat([tensor, tensor]) for name, tensor in example.items()}
+
+
+def _runner(model: GraphModule, names: tuple[str, ...]) -> Any:
+    def run(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            output = model(**{name: batch[name] for name in names})
+        return output.logits if hasattr(output, "logits") else output
+
+    return run
+
+
+def _tensors(model: GraphModule) -> dict[str, Tensor]:
+    from splitquant_pt2e.layers import tensor_of
+
+    return {str(node.target): tensor_of(model, node) for node in model.graph.nodes if node.op == "get_attr"}

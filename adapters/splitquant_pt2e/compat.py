@@ -1,0 +1,37 @@
+"""PT2E's classes: torchao's, or torch's own where an older torch still has them and torchao lacks them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from splitquant_plugins.errors import MissingExtraError
+
+ANNOTATION = "quantization_annotation"  # the key of node.meta, the same in both
+
+
+def _first(*names: str) -> ModuleType:
+    for name in names:
+        try:
+            return import_module(name)
+        except ImportError:
+            continue
+    raise MissingExtraError('PT2E needs torchao, which is not installed: pip install "splitquant-plugins[pt2e]"')
+
+
+_quantizer = _first("torchao.quantization.pt2e.quantizer", "torch.ao.quantization.quantizer")
+_from_torchao = _quantizer.__name__.startswith("torchao")
+_observer = import_module("torchao.quantization.pt2e.observer" if _from_torchao else "torch.ao.quantization.observer")
+_flow = import_module(
+    "torchao.quantization.pt2e.quantize_pt2e" if _from_torchao else "torch.ao.quantization.quantize_pt2e"
+)
+
+Quantizer: Any = _quantizer.Quantizer
+QuantizationAnnotation: Any = _quantizer.QuantizationAnnotation
+QuantizationSpec: Any = _quantizer.QuantizationSpec
+HistogramObserver: Any = _observer.HistogramObserver
+MinMaxObserver: Any = _observer.MinMaxObserver
+PerChannelMinMaxObserver: Any = _observer.PerChannelMinMaxObserver
+prepare_pt2e: Any = _flow.prepare_pt2e
+convert_pt2e: Any = _flow.convert_pt2e

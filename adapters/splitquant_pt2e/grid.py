@@ -1,0 +1,129 @@
+"""The grid that PT2E's min-max observers and decomposed operators round a weight to, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitquant_plugins.errors import ConfigError
+from splitquant_plugins.grid import GridGranularity, Scheme, UniformGrid
+
+EPS = torch.finfo(torch.float32).tiny  # floors no scale but that of an all-zero cell
+OBSERVERS = ("MinMaxObserver", "PerChannelMinMaxObserver")
+HOMES = ("torchao.quantization.pt2e.", "torch.ao.quantization.")
+SCHEMES: dict[torch.qscheme, tuple[Scheme, GridGranularity]] = {
+    torch.per_tensor_affine: ("affine", "tensor"),
+    torch.per_tensor_symmetric: ("symmetric", "tensor"),
+    torch.per_channel_affine: ("affine", "channel"),
+    torch.per_channel_symmetric: ("symmetric", "channel"),
+}
+
+
+@dataclass(frozen=True)
+class Pt2eGrid:
+    """Codes from `lowest` to `highest`, scales in float32 and at least `eps`.
+
+    An affine scale is (max - min) / (highest - lowest) over a range that includes 0, with an integer zero
+    point. A symmetric one is max|w| / ((highest - lowest) / 2): the restricted rule of NPUs where the codes are
+    -(2^(b-1) - 1) to 2^(b-1) - 1, and PT2E's own, which clips the largest positive values, where they start
+    one lower.
+    """
+
+    lowest: int
+    highest: int
+    scheme: Scheme = "affine"
+    granularity: GridGranularity = "channel"
+    eps: float = EPS
+
+    def __post_init__(self) -> None:
+        if not self.lowest < 0 < self.highest or self.lowest < -128 or self.highest > 127:
+            raise ConfigError(f"codes {self.lowest} to {self.highest}: PT2E's weights are signed, of at most 8 bits")
+        if self.granularity == "group":
+            raise ConfigError("granularity 'group': PT2E's decomposed operators have scales per tensor or channel")
+        self._uniform  # noqa: B018 - it checks the other fields
+
+    @property
+    def _uniform(self) -> UniformGrid:
+        return UniformGrid(self.bits, self.scheme, self.granularity)
+
+    @property
+    def bits(self) -> int:
+        """Bits per code."""
+        return (self.highest - self.lowest).bit_length()
+
+    @property
+    def group_size(self) -> int | None:
+        """None: there are no groups."""
+        return None
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Lowest and highest code."""
+        return self.lowest, self.highest
+
+    def cells(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Cut a weight into 2-D views [cells, values]."""
+        return self._uniform.cells(tensor)
+
+    def from_cells(self, cells: Sequence[Tensor], shape: torch.Size) -> Tensor:
+        """Put what `cells` cut back together."""
+        return self._uniform.from_cells(cells, shape)
+
+    def qparams(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of 2-D `cells`, each float32 of shape [cells, 1]."""
+        cells = cells.float()
+        low = cells.amin(dim=1, keepdim=True).clamp(max=0)
+        high = cells.amax(dim=1, keepdim=True).clamp(min=0)
+        floor = torch.tensor(self.eps, device=cells.device)
+        if self.scheme == "symmetric":
+            scale = torch.maximum(torch.maximum(-low, high) / ((self.highest - self.lowest) / 2), floor)
+            return scale, torch.zeros_like(scale)
+        scale = torch.maximum((high - low) / (self.highest - self.lowest), floor)
+        return scale, (self.lowest - torch.round(low / scale)).clamp(self.lowest, self.highest)
+
+    def quantize(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes (as floats) of 2-D `cells`, with their scale and zero point."""
+        scale, zero_point = self.qparams(cells)
+        codes = torch.round(cells.float() * (1.0 / scale)) + zero_point  # the operators multiply by 1/scale
+        return codes.clamp(self.lowest, self.highest), scale, zero_point
+
+    def quantize_dequantize(self, tensor: Tensor) -> Tensor:
+        """Round a weight as convert_pt2e does; the arithmetic is float32, the answer has the weight's dtype."""
+        rounded = []
+        for cells in self.cells(tensor):
+            codes, scale, zero_point = self.quantize(cells)
+            rounded.append(((codes - zero_point) * scale).to(tensor.dtype))
+        return self.from_cells(rounded, tensor.shape)
+
+    def stored_bits(self, shape: torch.Size) -> int:
+        """Bits that a weight of this shape takes in packed form; PT2E itself stores a byte for each code."""
+        return self._uniform.stored_bits(shape)
+
+    @classmethod
+    def of_spec(cls, spec: Any, axis: int) -> Pt2eGrid | None:
+        """Return the grid of a weight's QuantizationSpec, or None where it cannot be told exactly.
+
+        It can for int8 codes and the plain min-max observers. `axis` is the dimension that holds the output
+        channels.
+        """
+        constructor = getattr(spec, "observer_or_fake_quant_ctr", None)
+        partial = getattr(constructor, "p", None)
+        observer: Any = partial.func if partial is not None else constructor
+        options = dict(partial.keywords) if partial is not None else {}
+        if getattr(observer, "__name__", "") not in OBSERVERS or not observer.__module__.startswith(HOMES):
+            return None
+        if not set(options) <= {"eps"} or spec.dtype != torch.int8 or spec.is_dynamic or spec.qscheme not in SCHEMES:
+            return None
+        scheme, granularity = SCHEMES[spec.qscheme]
+        if (granularity == "channel") != (observer.__name__ == OBSERVERS[1]):
+            return None
+        if granularity == "channel" and spec.ch_axis != axis:
+            return None
+        lowest = -128 if spec.quant_min is None else spec.quant_min
+        highest = 127 if spec.quant_max is None else spec.quant_max
+        eps = options.get("eps", torch.finfo(torch.float32).eps)
+        return cls(lowest, highest, scheme, granularity, float(eps)) if lowest < 0 < highest else None

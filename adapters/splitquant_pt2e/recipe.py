@@ -1,0 +1,53 @@
+"""`SplitQuantPass() + quantizer`: a quantizer of the same class that splits the graph it has annotated.
+
+The quantizer annotates the unsplit graph, so that its patterns (conv + add + relu, for one) match what they
+would have matched, and nothing else. Then each layer whose weight it quantizes is split, and its parts take over
+the annotations: every part's weight gets a scale of its own, the input is quantized once, the last sum is
+quantized where the layer's output was, and the partial sums never are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import GraphModule
+
+from splitquant_plugins.errors import ConfigError
+from splitquant_plugins.split_pass import ModelPass, SplitQuantPass
+from splitquant_pt2e.graph import refuse_unfit_graph, split_graph
+from splitquant_pt2e.mixing import with_mixin
+
+
+class SplittingQuantizer:
+    """What `attach` mixes into the class of a quantizer."""
+
+    splitquant_pass: SplitQuantPass
+
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        """Refuse a graph that was split or quantized before, then do what the quantizer does."""
+        refuse_unfit_graph(model)
+        return super().transform_for_annotation(model)  # type: ignore[misc]
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Annotate the graph, then split the layers whose weights are to be quantized."""
+        annotated = super().annotate(model)  # type: ignore[misc]
+        # PT2E goes on with the graph that it passed, whatever is returned.
+        split_graph(model, self.splitquant_pass, annotated=True)
+        return annotated
+
+
+def attach(split_pass: ModelPass, quantizer: Any) -> Any:
+    """Return a quantizer of the same kind, with its settings, that splits; the given one stays as it is.
+
+    Raises ConfigError for a pass that does not work on graphs, and for a second split.
+    """
+    if not isinstance(split_pass, SplitQuantPass):
+        raise ConfigError(
+            f"{type(split_pass).__name__} does not work on exported graphs, only SplitQuantPass does: apply it to the "
+            "model before torch.export.export"
+        )
+    if isinstance(quantizer, SplittingQuantizer):
+        raise ConfigError("this quantizer has a pass attached already; a model is split once")
+    attached = with_mixin(quantizer, SplittingQuantizer, "Split")
+    attached.splitquant_pass = split_pass
+    return attached

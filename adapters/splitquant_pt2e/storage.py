@@ -1,0 +1,117 @@
+"""Saving a converted PT2E graph as safetensors and JSON, and loading it back.
+
+A folder holds graph.json (the operators, with the scales and zero points that PT2E writes as numbers),
+model.safetensors (codes, scales per channel and all other tensors that the graph reads) and, where the graph was
+split, splitquant_manifest.json. Nothing is pickled, and loading runs no operator outside an allow list.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from splitquant_plugins.checkpoint import read_tensors, untied_state, write_tensors
+from splitquant_plugins.errors import InputError, SkeletonMismatchError
+from splitquant_plugins.files import read_json, write_json
+from splitquant_plugins.manifest import ATTRIBUTE, FILE_NAME, Manifest, set_manifest
+from splitquant_pt2e.graph_json import graph_from_json, graph_to_json
+from splitquant_pt2e.layers import tensor_of
+from splitquant_pt2e.weights import stored_weights
+
+GRAPH_FILE = "graph.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def save(model: GraphModule, folder: str | Path) -> None:
+    """Save what convert_pt2e returned.
+
+    Raises InputError where no weight of the graph is quantized, or where it holds what JSON cannot take.
+    """
+    folder = Path(folder)
+    if not isinstance(model, GraphModule):
+        raise InputError(f"save takes the graph module that convert_pt2e returned, not a {type(model).__name__}")
+    described, targets = graph_to_json(model)
+    if not any("quantize_per" in str(node.get("target")) for node in described["nodes"]):
+        raise InputError("the graph is not quantized; call convert_pt2e before saving")
+    state, same_as = untied_state({target: tensor_of(model, node) for node, target in _readers(model, targets)})
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS_FILE, state)
+    write_json(folder / GRAPH_FILE, {**described, "same_as": same_as})
+    manifest = model.meta.get(ATTRIBUTE)
+    if isinstance(manifest, Manifest):
+        manifest.save(folder)
+    else:
+        (folder / FILE_NAME).unlink(missing_ok=True)
+
+
+def _readers(model: GraphModule, targets: dict[str, str]) -> list:
+    return [(node, targets[node.name]) for node in model.graph.nodes if node.name in targets]
+
+
+def load(folder: str | Path) -> GraphModule:
+    """Load what `save` saved: a graph module that gives identical outputs and needs no float model.
+
+    It runs eagerly and under torch.compile, and can be exported again. Raises InputError for a missing or
+    damaged file, SkeletonMismatchError where the files do not fit each other.
+    """
+    folder = Path(folder)
+    path = folder / GRAPH_FILE
+    described = read_json(path)
+    if not isinstance(described, dict) or "nodes" not in described:
+        raise InputError(f"{path} is damaged: it holds no graph")
+    manifest = Manifest.load(folder) if (folder / FILE_NAME).is_file() else None
+    state = read_tensors(folder / WEIGHTS_FILE)
+    for name, source in dict(described.get("same_as", {})).items():
+        if source not in state:
+            raise SkeletonMismatchError(f"{folder}: tensor {name} is to share {source}, which is not there")
+        state[name] = state[source]
+    wanted = {entry.get("target") for entry in described["nodes"] if entry.get("op") == "get_attr"}
+    for missing in sorted(map(str, wanted - set(state))):
+        raise SkeletonMismatchError(f"{folder}: the graph reads tensor {missing}, which {WEIGHTS_FILE} does not have")
+    for unused in sorted(set(state) - wanted):
+        raise SkeletonMismatchError(f"{folder}: {WEIGHTS_FILE} has tensor {unused}, which the graph does not read")
+    model = graph_from_json(described, _root(state, path), path)
+    _refuse_misfit(model, manifest, folder)
+    if manifest is not None:
+        set_manifest(model, manifest)
+        model.meta[ATTRIBUTE] = manifest
+    return model.eval()
+
+
+def _root(state: dict[str, Tensor], path: Path) -> nn.Module:
+    root = GraphModule(nn.Module(), torch.fx.Graph())
+    for name, tensor in state.items():
+        owner, _, leaf = name.rpartition(".")
+        if owner:
+            root.add_submodule(owner, nn.Module()) if not _has(root, owner) else None
+        try:
+            root.get_submodule(owner).register_buffer(leaf, tensor)
+        except (AttributeError, KeyError) as error:
+            raise InputError(f"{path}: no tensor can be called {name!r}: {error}") from None
+    return root
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    try:
+        root.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _refuse_misfit(model: GraphModule, manifest: Manifest | None, folder: Path) -> None:
+    """Refuse a graph whose quantized layers are not those of the manifest."""
+    if manifest is None:
+        return
+    found = stored_weights(model)
+    for record in manifest.split:
+        parts = len(found.get(record.name, ()))
+        if parts != record.k and not (parts and record.shared_with):
+            raise SkeletonMismatchError(
+                f"{folder}: {record.name} was split in {record.k}, and the graph quantizes {parts} weights of it"
+            )
+        if any(tuple(stored.weight.shape) != record.shape for stored in found[record.name]):
+            raise SkeletonMismatchError(f"{folder}: {record.name} had shape {record.shape} when it was split")
