@@ -48,6 +48,12 @@ def refuse_unfit_model(model: object) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (SplitModule, SplitActivation)):
             raise AlreadySplitError(f"{name or 'the model'} was split before; load the model afresh")
+    refuse_quantized_model(model)
+
+
+def refuse_quantized_model(model: nn.Module) -> None:
+    """Raise where a backend has quantized any layer of the model."""
+    for name, module in model.named_modules():
         if type(module).__module__.startswith(QUANTIZED_PACKAGES):
             raise AlreadyQuantizedError(
                 f"{name or 'the model'} is a quantized {type(module).__qualname__}; split first, then quantize"

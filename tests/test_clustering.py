@@ -1,13 +1,23 @@
 from __future__ import annotations
 
+import importlib
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from safetensors.torch import load_file
 
 from splitquant_plugins.clustering import assign, masked_parts, optimal_clusters
+from splitquant_plugins.clustering.bracket import bracket
+from splitquant_plugins.clustering.optimal import before_equal_values
+from splitquant_plugins.clustering.prefix import Ascending
+from splitquant_plugins.clustering.search import best_cuts
+from splitquant_plugins.clustering.tally import condensed
 from splitquant_plugins.errors import InputError
 
 
@@ -102,13 +112,76 @@ def test_optimal_beyond_the_finest_sketch(shape):
         check_optimal(torch.from_numpy(rows), k)
 
 
-@pytest.mark.parametrize(("n", "k"), [(147, 3), (300, 3), (200, 5)])
-def test_many_noisy_rows_against_all_positions(n, k, monkeypatch):
-    """A sketch must lead to the same optimum as the dynamic program over all values."""
-    rows = torch.randn(80, n, generator=torch.Generator().manual_seed(n))
-    sketched = optimal_clusters(rows, k).inertia
-    monkeypatch.setattr("splitquant_plugins.clustering._SKETCHES", (768,))
-    assert (sketched <= optimal_clusters(rows, k).inertia * (1 + 1e-6)).all()
+def weights_of_bert_tiny():
+    folder = os.environ.get("SPLITQUANT_ASSETS")
+    if folder is None:
+        pytest.skip("SPLITQUANT_ASSETS is not set")
+    files = sorted(Path(folder).glob("models/**/bert-tiny*/**/model.safetensors"))
+    if not files:
+        pytest.skip("SPLITQUANT_ASSETS has no BERT-Tiny")
+    tensors = load_file(files[0])
+    return torch.cat([t.float()[:25] for name, t in tensors.items() if "dense.weight" in name and t.shape[1] == 128])
+
+
+@pytest.mark.parametrize("rows", ["normal", "t4", "t2", "bert_tiny"])
+@pytest.mark.parametrize("k", [2, 3])
+def test_many_real_rows_beside_a_dynamic_program(rows, k):
+    generator = np.random.default_rng(6)
+    if rows == "bert_tiny":
+        values = weights_of_bert_tiny()
+    else:
+        draw = {"normal": None, "t4": 4, "t2": 2}[rows]
+        make = generator.standard_normal if draw is None else lambda shape: generator.standard_t(draw, shape)
+        values = torch.from_numpy(make((120, 147)).astype(np.float32))
+    check_optimal(values, k, slack=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(2, 4))
+def test_optimal_for_values_made_to_mislead(data, k):
+    """Tight groups at any distance and of any size: many local optima, and outliers."""
+    groups = data.draw(
+        st.lists(
+            st.tuples(st.integers(-40, 40), st.integers(1, 40), st.sampled_from([0, 1e-3, 0.3, 4])),
+            min_size=1,
+            max_size=5,
+        )
+    )
+    generator = np.random.default_rng(data.draw(st.integers(0, 99)))
+    values = [center + spread * generator.standard_t(2, size) for center, size, spread in groups]
+    check_optimal(torch.from_numpy(np.concatenate(values))[None], k)
+
+
+def test_a_continuum_of_optima():
+    """With two clusters, every boundary in values spread as Student-t(2) gains about the same."""
+    t = (np.arange(400) + 0.5) / 400
+    check_optimal(torch.from_numpy((2 * t - 1) / np.sqrt(2 * t * (1 - t)))[None], 2)
+    check_optimal(torch.from_numpy((2 * t - 1) / np.sqrt(2 * t * (1 - t)))[None], 3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 4), st.sampled_from(sorted(SHAPES)))
+def test_the_bracket_holds_the_optimum(seed, k, shape):
+    values = np.unique(SHAPES[shape](np.random.default_rng(seed), 60))
+    if len(values) <= k:
+        return
+    data = Ascending(values[None] / np.abs(values).max())
+    low, high = bracket(data, k)
+    whole, _ = best_cuts(data, k, np.arange(1, k)[None], len(values) - np.arange(1, k)[None, ::-1])
+    best, everything = least_inertia(values, k)
+    inertia = inertia_of(values, np.searchsorted(whole[0], np.arange(len(values)), side="right"))
+    assert inertia <= best * (1 + 1e-6) + everything * 1e-14
+    inside, _ = best_cuts(data, k, low, high)
+    inertia = inertia_of(values, np.searchsorted(inside[0], np.arange(len(values)), side="right"))
+    assert inertia <= best * (1 + 1e-6) + everything * 1e-14
+
+
+def test_a_cut_between_equal_values_moves_before_all_of_them():
+    values = np.array([[0.0, 1.0, 1.0, 1.0, 2.0], [0.0, 1.0, 2.0, 2.0, 2.0]])
+    cuts = np.array([[3], [4]])
+    moved, boundaries = before_equal_values(values, cuts)
+    assert moved.tolist() == [[1], [2]]
+    assert boundaries.tolist() == [[1.0], [2.0]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -139,18 +212,25 @@ def test_weights_are_repetitions():
     assert torch.equal(weighted.counts, plain.counts)
 
 
-@pytest.mark.parametrize("shape", ["normal", "t4", "cauchy", "integers", "five_groups", "outliers", "mostly_zero"])
+@pytest.mark.parametrize("shape", ["normal", "t4", "cauchy", "uniform", "five_groups", "mostly_zero", "far_from_zero"])
 @pytest.mark.parametrize("k", [2, 3])
-def test_counting_agrees_with_sorting(shape, k, monkeypatch):
-    """Long rows are counted in bins; sorting the same values is exact."""
-    rows = torch.from_numpy(SHAPES[shape](np.random.default_rng(5), 1 << 17)[None].astype(np.float32))
-    counted = optimal_clusters(rows, k)
-    monkeypatch.setattr("splitquant_plugins.clustering._SORT_BELOW", 1 << 40)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_condensing_agrees_with_sorting(shape, k, dtype, monkeypatch):
+    """Long rows are condensed to the values near the boundaries; sorting all of them finds the same."""
+    rows = torch.from_numpy(SHAPES[shape](np.random.default_rng(5), 1 << 18)[None].astype(dtype))
+    short = condensed(rows[0].numpy(), k)
+    if shape in ("normal", "uniform", "far_from_zero"):
+        assert len(short.points) < rows.numel() / 8
+    if shape == "cauchy":
+        assert short is None
+    fast = optimal_clusters(rows, k)
+    monkeypatch.setattr("splitquant_plugins.clustering.optimal._CONDENSE_FROM", 1 << 40)
     exact = optimal_clusters(rows, k)
-    labels = assign(rows, counted.boundaries)[0]
-    assert inertia_of(rows[0].numpy(), labels.numpy()) <= exact.inertia.item() * (1 + 1e-6)
-    assert counted.inertia.item() == pytest.approx(exact.inertia.item(), rel=1e-6)
-    assert counted.counts[0].tolist() == labels.bincount(minlength=k).tolist()
+    labels = assign(rows, fast.boundaries)[0]
+    assert inertia_of(rows[0].numpy(), labels.numpy()) == pytest.approx(exact.inertia.item(), rel=1e-9)
+    assert fast.inertia.item() == pytest.approx(exact.inertia.item(), rel=1e-9)
+    assert fast.counts[0].tolist() == labels.bincount(minlength=k).tolist()
+    assert fast.centers.numpy() == pytest.approx(exact.centers.numpy(), rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -159,7 +239,7 @@ def test_sixteen_bit_values_are_tallied_exactly(dtype, monkeypatch):
     values[:10] = -0.0
     tallied = optimal_clusters(values, 3)
     assert tallied.boundaries.dtype == dtype
-    monkeypatch.setattr("splitquant_plugins.clustering._TALLY_FROM", 1 << 40)
+    monkeypatch.setattr("splitquant_plugins.clustering.optimal._TALLY_FROM", 1 << 40)
     sorted_ = optimal_clusters(values, 3)
     assert torch.equal(tallied.boundaries, sorted_.boundaries)
     assert torch.equal(tallied.counts, sorted_.counts)
@@ -222,3 +302,20 @@ def test_parts_of_a_transposed_tensor():
 def test_impossible_input_is_named(values, k, weights, message):
     with pytest.raises(InputError, match=message):
         optimal_clusters(values, k, weights=weights)
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_the_exact_program_finds_what_the_search_finds(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(k)
+    rows = torch.from_numpy(np.stack([generator.standard_normal(400), generator.standard_t(2, 400)]))
+    searched = optimal_clusters(rows, k)
+    calls = []
+    exact = importlib.import_module("splitquant_plugins.clustering.search").exact_cuts
+    monkeypatch.setattr("splitquant_plugins.clustering.search._PATIENCE", 0)
+    monkeypatch.setattr(
+        "splitquant_plugins.clustering.search.exact_cuts", lambda *args: calls.append(1) or exact(*args)
+    )
+    solved = optimal_clusters(rows, k)
+    assert len(calls) == 2
+    assert torch.equal(solved.boundaries, searched.boundaries)
+    assert solved.inertia.numpy() == pytest.approx(searched.inertia.numpy(), rel=1e-12)

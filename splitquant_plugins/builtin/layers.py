@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from splitquant_plugins.config import SplitConfig
     from splitquant_plugins.modules import SplitModule
-    from splitquant_plugins.plan import LayerPlan, Skip
+    from splitquant_plugins.plan import Granularity, LayerPlan, Skip
 
 
 @hookimpl(trylast=True)
@@ -47,6 +47,7 @@ def splitquant_select_layer(name: str, module: nn.Module, config: SplitConfig) -
     bias = module._parameters["bias"]
     if isinstance(module, nn.Linear):
         return LayerPlan("linear", weight, bias, _granularity(config, "tensor"))
+    assert isinstance(module, convolutions)
     kind = f"conv{len(module.kernel_size)}d"
     return LayerPlan(kind, weight, bias, _granularity(config, "channel"), groups=module.groups)
 

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from splitquant_plugins.plan import TensorPlan
 
 
+# Values looked at together in the search for one that is not 0.
+_PIECE = 1 << 20
+
+
 class KMeansOptions(SplitterOptions):
     """`exact`: the optimum, without a seed; `sklearn`: what the paper runs, for comparison.
 
@@ -58,10 +62,15 @@ class KMeansSplitter(Splitter):
         if not bool(torch.isfinite(boundaries).any()):
             raise CannotSplit(_why_whole(rows, plan.k, by_channel))
         # A part that is 0 everywhere adds nothing; the others still sum to the tensor.
-        parts = [part for part in masked_parts(rows, boundaries) if bool(part.any())]
+        parts = [part for part in masked_parts(rows, boundaries) if _has_value(part)]
         if len(parts) < 2:
             raise CannotSplit("all its values but zeros are in one cluster")
         return [part.reshape(tensor.shape) for part in parts]
+
+
+def _has_value(part: Tensor) -> bool:
+    """Whether a part is not 0 everywhere; most show it in their first values."""
+    return any(bool(piece.any()) for piece in part.reshape(-1).split(_PIECE))
 
 
 def _why_whole(rows: Tensor, k: int, by_channel: bool) -> str:
