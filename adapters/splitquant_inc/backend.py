@@ -1,0 +1,135 @@
+"""Intel Neural Compressor as a backend of the command line and of the matrix."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from splitquant_plugins.backends import Backend, Batch, QuantizedModel, Support, WeightFormat
+from splitquant_plugins.errors import ConfigError, InputError
+from splitquant_plugins.manifest import ATTRIBUTE
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from splitquant_plugins.grid import Grid
+    from splitquant_plugins.split_pass import ModelPass
+
+DISTRIBUTIONS = ("neural-compressor", "neural-compressor-pt")
+
+
+class IncBackend(Backend):
+    """INC's RTN, weights only, of Linear layers.
+
+    INC 3.10 wraps 8-bit asymmetric weights, so that INT8 is symmetric only.
+    """
+
+    name = "inc"
+    extra = "inc"
+    packages = ("neural-compressor",)
+    support: ClassVar = {
+        "int2": Support(("channel", "group"), ("affine", "symmetric")),
+        "int4": Support(("channel", "group"), ("affine", "symmetric")),
+        "int8": Support(("channel", "group"), ("symmetric",)),
+    }
+    default_group_size = 32
+    methods = ("rtn", "hqq", "gptq")
+    calibrated = ("gptq",)
+
+    def require(self) -> None:
+        """Raise MissingExtraError unless one of INC's two distributions is installed."""
+        for name in DISTRIBUTIONS:
+            try:
+                metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+            return
+        super().require()
+
+    def grid(self, chosen: WeightFormat) -> Grid:
+        """Return RTN's grid of that format; other methods have none that is known beforehand."""
+        from splitquant_inc.grid import IncRtnGrid
+
+        return IncRtnGrid(chosen.bits, chosen.scheme, chosen.group_size)
+
+    def quantize(
+        self,
+        model: nn.Module,
+        chosen: WeightFormat,
+        first: ModelPass | None = None,
+        batches: Iterable[Batch] = (),
+    ) -> QuantizedModel:
+        """Quantize in place with `first + RTNConfig(...)`, HQQConfig or GPTQConfig.
+
+        Only GPTQ uses the batches. HQQ's zero points are not quantized.
+        """
+        if find_spec("transformers") is not None:
+            import_module("transformers")  # INC fails where it is imported later
+        from neural_compressor.torch.quantization import convert, prepare
+
+        from splitquant_inc.storage import state_of
+        from splitquant_inc.stored import stored_layers
+        from splitquant_plugins.checkpoint import state_bytes
+
+        transposed = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
+        recipe = _recipe(chosen)
+        started = time.perf_counter()
+        model = prepare(model, recipe if first is None else first + recipe)
+        if chosen.method in self.calibrated:
+            with torch.no_grad():
+                for batch in batches:
+                    model(**batch)
+        model = convert(model)
+        seconds = time.perf_counter() - started
+        layers = stored_layers(model, transposed)
+        if not layers:
+            raise InputError(f"INC quantized no layer of this {type(model).__name__}; it takes Linear layers")
+        manifest = getattr(model, ATTRIBUTE, None)
+        split_seconds = manifest.seconds if manifest is not None else 0.0
+
+        @torch.no_grad()
+        def run(batch: Batch) -> Tensor:
+            output = model(**batch)
+            return output.logits if hasattr(output, "logits") else output
+
+        return QuantizedModel(
+            model=model,
+            run=run,
+            layers=layers,
+            state_bytes=state_bytes(state_of(model)[0]),
+            split_seconds=split_seconds,
+            quantize_seconds=seconds - split_seconds,
+            manifest=manifest,
+        )
+
+    def save(self, quantized: QuantizedModel, folder: Path) -> None:
+        """Save as `splitquant_inc.save` does."""
+        from splitquant_inc.storage import save
+
+        save(quantized.model, folder)
+
+    def load(self, folder: Path) -> nn.Module:
+        """Load as `splitquant_inc.load` does."""
+        from splitquant_inc.storage import load
+
+        return load(folder)
+
+
+def _recipe(chosen: WeightFormat) -> Any:
+    from neural_compressor.torch.quantization import GPTQConfig, HQQConfig, RTNConfig
+
+    symmetric = chosen.scheme == "symmetric"
+    if symmetric and chosen.method != "rtn":
+        raise ConfigError(f"backend inc has {chosen.method} with scheme 'affine' only")
+    group_size = -1 if chosen.group_size is None else chosen.group_size
+    if chosen.method == "hqq":
+        return HQQConfig(bits=chosen.bits, group_size=group_size, quant_zero=False)
+    if chosen.method == "gptq":
+        return GPTQConfig(bits=chosen.bits, group_size=group_size, use_sym=False)
+    return RTNConfig(bits=chosen.bits, group_size=group_size, use_sym=symmetric, use_layer_wise=False)

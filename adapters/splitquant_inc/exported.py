@@ -1,0 +1,51 @@
+"""W8A8 through INC's export path: StaticQuantConfig and DynamicQuantConfig behind a pass."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from splitquant_inc.recipe import PassFirst
+from splitquant_plugins.errors import ConfigError, InputError
+from splitquant_plugins.grid import UniformGrid
+from splitquant_plugins.split_pass import SplitQuantPass
+
+GRAPH_SPLIT = "splitquant_pt2e.graph"
+EXPORT_SPLIT = "export(SplitQuantPass()(model), example_inputs=...), then prepare with the configuration alone"
+
+
+class ExportedRecipe(PassFirst):
+    """Splits the layers of a graph that `neural_compressor.torch.export.export` made."""
+
+    def get_model_info(self, model: nn.Module, example_inputs: Any = None) -> Any:
+        """Run the pass on the graph, unless `prepare` did."""
+        if not getattr(model, "is_prepared", False):
+            self._run_pass(model)
+        return super().get_model_info(model=model, example_inputs=example_inputs)  # type: ignore[misc]
+
+    def _run_pass(self, model: nn.Module) -> None:
+        if not isinstance(model, GraphModule):
+            raise InputError(
+                f"{type(self).plain.__name__} quantizes an exported graph, and this is a {type(model).__name__}: "
+                "call neural_compressor.torch.export.export(model, example_inputs=...) first"
+            )
+        try:
+            split_graph = importlib.import_module(GRAPH_SPLIT).split_graph
+        except ImportError as error:
+            raise ConfigError(
+                f"splitting an exported graph needs the pt2e adapter ({error}); or split before: {EXPORT_SPLIT}"
+            ) from None
+        if not isinstance(self.first, SplitQuantPass):
+            raise ConfigError(f"{type(self.first).__name__} does not work on an exported graph: {EXPORT_SPLIT}")
+        split_graph(model, self.first, weight_grid(self))
+
+
+def weight_grid(config: Any) -> UniformGrid | None:
+    """Return the grid of the weights: torch's observers of INC's `w_sym` and `w_granularity`."""
+    granularity = {"per_channel": "channel", "per_tensor": "tensor"}[config.w_granularity]
+    if config.w_dtype != "int8" or not config.w_sym:
+        return None
+    return UniformGrid(8, "symmetric", granularity, symmetric_scale="full")  # type: ignore[arg-type]

@@ -1,0 +1,169 @@
+"""How INC packs a quantized layer: what JSON has to say so that an empty one can be made for its tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from neural_compressor.torch.algorithms.weight_only.hqq.core import HQQLinear
+from neural_compressor.torch.algorithms.weight_only.hqq.qtensor import QTensor, QTensorMetaInfo
+from neural_compressor.torch.algorithms.weight_only.modules import INCWeightOnlyLinear
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from splitquant_plugins.errors import InputError, SkeletonMismatchError
+from splitquant_plugins.files import read_json
+
+Size = Annotated[int, Field(ge=1)]
+Dtype = Literal["float16", "bfloat16", "float32", "int8", "int16", "int32", "int64"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class PackedInc(_Strict):
+    """An INCWeightOnlyLinear: the arguments it was made with."""
+
+    kind: Literal["inc"] = "inc"
+    in_features: Size
+    out_features: Size
+    dtype: str
+    bits: Annotated[int, Field(ge=1, le=8)]
+    group_size: Size
+    zp: bool
+    bias: bool
+    g_idx: bool
+    use_optimum_format: bool
+    scale_dtype: Dtype
+    compression_dtype: Dtype
+    compression_dim: Literal[0, 1]
+
+
+class PackedTensor(_Strict):
+    """One of HQQ's tensors; its scale and zero point may be quantized themselves."""
+
+    nbits: Annotated[int, Field(ge=2, le=8)]
+    group_size: Size | None
+    shape: tuple[Size, ...]
+    axis: Literal[0, 1]
+    packing: bool
+    scale: PackedTensor | None = None
+    zero: PackedTensor | None = None
+
+    def tensor(self, tensors: dict[str, Tensor], prefix: str = "") -> Any:
+        """Return INC's QTensor from the tensors of its parts."""
+        nested = {
+            part: packed.tensor(tensors, f"{prefix}{part}.") if packed else tensors[f"{prefix}{part}"]
+            for part, packed in (("scale", self.scale), ("zero", self.zero))
+        }
+        meta = QTensorMetaInfo(self.nbits, self.group_size, torch.Size(self.shape), self.axis, self.packing)
+        return QTensor(tensors[f"{prefix}val"], nested["scale"], nested["zero"], meta)
+
+
+class PackedHqq(_Strict):
+    """An HQQLinear."""
+
+    kind: Literal["hqq"] = "hqq"
+    in_features: Size
+    out_features: Size
+    bias: bool
+    weight: PackedTensor
+
+    def module(self, tensors: dict[str, Tensor], where: str) -> nn.Module:
+        """Make the layer; SkeletonMismatchError where a tensor is missing."""
+        made = HQQLinear(self.in_features, self.out_features, bias=self.bias, device="meta")
+        made.weight = None
+        try:
+            made.q_weight = self.weight.tensor(tensors)
+            if self.bias:
+                made.bias = nn.Parameter(tensors["bias"], requires_grad=False)
+        except KeyError as error:
+            raise SkeletonMismatchError(f"{where} has no tensor {error}") from None
+        made.quantized = True
+        return made
+
+
+class Storage(_Strict):
+    """What is needed beside the tensors; `same_as` names tensors that share another's memory."""
+
+    format: Literal[1] = 1
+    backend: Literal["inc"] = "inc"
+    layers: dict[str, Annotated[PackedInc | PackedHqq, Field(discriminator="kind")]]
+    same_as: dict[str, str] = {}
+
+    @classmethod
+    def read(cls, path: Path) -> Storage:
+        """Read the file; a missing or damaged one is an InputError."""
+        try:
+            return cls.model_validate(read_json(path))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise InputError(f"{path} is damaged or of another version: {where} {problem['msg']}") from None
+
+
+def packed_layer(module: Any) -> tuple[PackedInc | PackedHqq, dict[str, Tensor]]:
+    """Return how a quantized module is packed, and its tensors by their names within it."""
+    if isinstance(module, HQQLinear):
+        packed, tensors = _packed_tensor(module.q_weight)
+        if module.bias is not None:
+            tensors["bias"] = module.bias
+        has_bias = module.bias is not None
+        return PackedHqq(
+            in_features=module.in_features, out_features=module.out_features, bias=has_bias, weight=packed
+        ), tensors
+    buffers = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+    if module.bias is not None:  # a buffer, or the float layer's parameter where its type was right
+        buffers["bias"] = module.bias.detach().to(module.float_type)
+    layer = PackedInc(
+        in_features=module.in_features,
+        out_features=module.out_features,
+        dtype=module.dtype,
+        bits=module.bits,
+        group_size=module.group_size,
+        zp="qzeros" in buffers,
+        bias="bias" in buffers,
+        g_idx="g_idx" in buffers,
+        use_optimum_format=module.use_optimum_format,
+        scale_dtype=_name(module.scale_dtype),
+        compression_dtype=_name(module.compression_dtype),
+        compression_dim=module.compression_dim,
+    )
+    return layer, buffers
+
+
+def empty_module(layer: PackedInc) -> nn.Module:
+    """Make the module whose buffers are to be filled."""
+    options = layer.model_dump(exclude={"kind"})
+    for key in ("scale_dtype", "compression_dtype"):
+        options[key] = getattr(torch, options[key])
+    made: nn.Module = INCWeightOnlyLinear(**options)
+    return made
+
+
+def _packed_tensor(stored: Any) -> tuple[PackedTensor, dict[str, Tensor]]:
+    tensors = {"val": stored.val}
+    nested: dict[str, PackedTensor] = {}
+    for part in ("scale", "zero"):
+        inner = getattr(stored, part)
+        if isinstance(inner, Tensor):
+            tensors[part] = inner
+            continue
+        nested[part], below = _packed_tensor(inner)
+        tensors.update({f"{part}.{key}": value for key, value in below.items()})
+    meta = stored.meta_info
+    packed = PackedTensor(
+        nbits=meta.nbits,
+        group_size=meta.group_size,
+        shape=tuple(meta.shape),
+        axis=meta.axis,
+        packing=bool(meta.packing),
+        **nested,
+    )
+    return packed, tensors
+
+
+def _name(dtype: torch.dtype) -> Any:
+    return str(dtype).removeprefix("torch.")

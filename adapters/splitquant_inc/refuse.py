@@ -1,0 +1,95 @@
+"""Combinations that INC 3.10 gets wrong, refused by name with the way out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from splitquant_plugins.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def bits_of(config: Any) -> int:
+    """Bits of an integer weight; dtype='int4' and its like take precedence, as in INC."""
+    dtype = str(config.dtype)
+    return int(dtype.removeprefix("int")) if dtype.startswith("int") and dtype != "int" else int(config.bits)
+
+
+def is_integer(config: Any) -> bool:
+    """Whether the weights become integers, rather than nf4, fp4 or fp8."""
+    return str(config.dtype).startswith("int")
+
+
+def refuse_import_order() -> None:
+    """Refuse to go on where transformers was imported after INC's first use, which then does not find the name."""
+    from neural_compressor.torch.algorithms.weight_only import rtn
+
+    if "transformers" in sys.modules and not hasattr(rtn, "transformers"):
+        raise ConfigError(
+            "INC fails where transformers is imported after INC's first use; import it before neural_compressor"
+        )
+
+
+def refuse_wrapping(chosen: Mapping[str, Any]) -> None:
+    """Refuse 8-bit asymmetric weights: INC subtracts the zero point in 8 bits, where it wraps."""
+    for name, config in chosen.items():
+        asymmetric = config.name in ("rtn", "gptq") and not config.use_sym
+        if asymmetric and is_integer(config) and bits_of(config) == 8:
+            raise ConfigError(
+                f"{name}: INC wraps 8-bit asymmetric weights, since it takes code - zero point in 8 bits; "
+                "use use_sym=True, or bits=7"
+            )
+
+
+def refuse_clipping(chosen: Mapping[str, Any]) -> None:
+    """Refuse symmetric GPTQ: INC scales a row without negative values by half of what it needs.
+
+    It takes (max - 0) / (2^b - 1) for the scale of such a row, and clips the upper half of its values. Every
+    row of the upper part of a split layer is like that.
+    """
+    for name, config in chosen.items():
+        if config.name == "gptq" and config.use_sym and is_integer(config):
+            raise ConfigError(
+                f"{name}: INC's symmetric GPTQ clips rows without negative values, as split layers have them; "
+                "use GPTQConfig(use_sym=False)"
+            )
+
+
+def refuse_reload(recipe: Any, chosen: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse to reload weights layer by layer from a checkpoint, which does not hold the split layers."""
+    if recipe.name == "gptq":
+        for option in ("use_layer_wise", "use_block_wise"):
+            if getattr(recipe, option):
+                raise ConfigError(
+                    f"GPTQConfig({option}=True) reloads weights by name, and finds no split layer; leave it out"
+                )
+    for name in chosen:
+        if model.get_submodule(name).weight.is_meta:
+            raise InputError(
+                f"{name}.weight is on the meta device, for use_layer_wise to load; that cannot find split "
+                "layers: load the model's weights first"
+            )
+
+
+def refuse_ignored(in_blocks: list[str], chosen: Mapping[str, Any]) -> None:
+    """Refuse to leave a layer out of GPTQ's blocks: INC quantizes it all the same, with another's options."""
+    for name in in_blocks:
+        if name not in chosen:
+            raise ConfigError(
+                f"{name} is excluded by white_list or dtype='fp32', but INC's GPTQ quantizes every layer of a "
+                "transformer block; include it, or use RTNConfig or HQQConfig"
+            )
+
+
+def refuse_bfloat16(chosen: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse asymmetric bfloat16 weights, whose codes INC hands to numpy, which has no such type."""
+    for name, config in chosen.items():
+        if config.name == "rtn" and not config.use_sym and model.get_submodule(name).weight.dtype == torch.bfloat16:
+            raise ConfigError(
+                f"{name}: INC packs no asymmetric bfloat16 weights; call model.float() first, or use use_sym=True"
+            )

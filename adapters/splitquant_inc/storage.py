@@ -1,0 +1,151 @@
+"""Saving a model that INC has quantized as safetensors and JSON, and loading it back.
+
+A folder holds config.json (of a transformers model), model.safetensors (INC's packed codes, scales and zero
+points, and the rest of the state), splitquant_inc.json (how each layer is packed) and, for a split model,
+splitquant_manifest.json. INC's own `save` writes a pickle, and its `load` leaves a model float without a word
+where the split layers are not there; `load` rebuilds them first, and any misfit is an error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from neural_compressor.torch.algorithms.weight_only.hqq.core import HQQLinear
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from splitquant_inc.packing import PackedHqq, PackedInc, Storage, empty_module, packed_layer
+from splitquant_inc.stored import quantized_layers
+from splitquant_plugins.checkpoint import read_tensors, untied_state, write_tensors
+from splitquant_plugins.errors import InputError, SkeletonMismatchError
+from splitquant_plugins.files import write_json
+from splitquant_plugins.manifest import ATTRIBUTE, FILE_NAME, Manifest, apply_manifest
+from splitquant_plugins.surgery import replace_module
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+WEIGHTS_FILE = "model.safetensors"
+STORAGE_FILE = "splitquant_inc.json"
+
+
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Save a model with RTN, GPTQ or HQQ weights, split or not.
+
+    Raises InputError where INC has quantized no layer, or the model is an exported graph.
+    """
+    if isinstance(model, GraphModule):
+        raise InputError(
+            "an exported W8A8 graph is saved as it is: model.save(example_inputs=..., output_dir=...), and loaded "
+            "with neural_compressor.torch.quantization.load(output_dir)"
+        )
+    state, layers = state_of(model)
+    if not layers:
+        raise InputError(f"{type(model).__name__} holds no layer that INC has quantized; call convert first")
+    kept, same_as = untied_state(state)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS_FILE, kept)
+    write_json(folder / STORAGE_FILE, Storage(layers=layers, same_as=same_as).model_dump())
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        options = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+        write_json(folder / "config.json", {**options, "architectures": [type(model).__name__]})
+    manifest = getattr(model, ATTRIBUTE, None)
+    if manifest is not None:
+        manifest.save(folder)
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load what `save` saved, in evaluation mode.
+
+    A transformers model is made from config.json; for any other, pass the unsplit float `model` to load into.
+    Raises InputError for a missing or damaged file, SkeletonMismatchError where the files and the model do not
+    fit each other, AlreadySplitError where `model` was split before.
+    """
+    folder = Path(folder)
+    storage = Storage.read(folder / STORAGE_FILE)
+    state = read_tensors(folder / WEIGHTS_FILE)
+    for name, source in storage.same_as.items():
+        if source not in state:
+            raise SkeletonMismatchError(f"{folder}: tensor {name} is to share {source}, which is not there")
+        state[name] = state[source]
+    if model is None:
+        model = _model_of(folder)
+    if (folder / FILE_NAME).is_file():
+        model = apply_manifest(model, Manifest.load(folder))
+    for name, layer in storage.layers.items():
+        _fit(model, name, layer, folder)
+    hqq = {name: layer for name, layer in storage.layers.items() if isinstance(layer, PackedHqq)}
+    for name in hqq:  # their state is nested, and read separately
+        replace_module(model, name, nn.Identity())
+    rest = {key: value for key, value in state.items() if not _within(key, hqq)}
+    for name, layer in storage.layers.items():
+        if isinstance(layer, PackedInc):
+            replace_module(model, name, empty_module(layer))
+    try:
+        model.load_state_dict(rest, strict=True, assign=True)
+    except RuntimeError as error:
+        raise SkeletonMismatchError(f"{folder} does not fit {type(model).__name__}: {error}") from None
+    for name, layer in hqq.items():
+        prefix = f"{name}."
+        inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        replace_module(model, name, layer.module(inside, f"{folder}: {name}"))
+    return model.eval()
+
+
+def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, PackedInc | PackedHqq]]:
+    """Return the tensors of a quantized model as they are saved, and how its layers are packed.
+
+    A forward pass of INC's layers widens their bias and unpacks some scales; here they are as they were packed.
+    """
+    layers: dict[str, PackedInc | PackedHqq] = {}
+    state: dict[str, Tensor] = {}
+    quantized = quantized_layers(model)
+    hqq = {name for name, module in quantized.items() if isinstance(module, HQQLinear)}
+    for key, value in model.state_dict().items():
+        if not _within(key, hqq):
+            state[key] = cast(Tensor, value)
+    for name, module in quantized.items():
+        layers[name], tensors = packed_layer(module)
+        state.update({f"{name}.{key}": value for key, value in tensors.items()})
+    return state, layers
+
+
+def _model_of(folder: Path) -> nn.Module:
+    from splitquant_plugins.transformers_models import empty_model, require_transformers
+
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no config.json: pass the unsplit float model, load(folder, model)")
+    config = require_transformers().AutoConfig.from_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        return empty_model(config, folder)
+
+
+def _fit(model: nn.Module, name: str, layer: PackedInc | PackedHqq, folder: Path) -> None:
+    try:
+        module: Any = model.get_submodule(name)
+    except AttributeError:
+        raise SkeletonMismatchError(
+            f"{folder} quantizes {name}, which {type(model).__name__} does not have; if it is a part of a split "
+            f"layer, {FILE_NAME} is missing"
+        ) from None
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if type(module).__name__ == "Conv1D":
+        inputs, outputs = module.weight.shape
+    if (inputs, outputs) != (layer.in_features, layer.out_features):
+        raise SkeletonMismatchError(
+            f"{folder}: {name} is packed with {layer.in_features} inputs and {layer.out_features} outputs, and is a "
+            f"{type(module).__name__} with {inputs} and {outputs} here"
+        )
+
+
+def _within(key: str, names: Mapping[str, Any] | set[str]) -> bool:
+    owner = key
+    while owner:
+        owner = owner.rpartition(".")[0]
+        if owner in names:
+            return True
+    return False

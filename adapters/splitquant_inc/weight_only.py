@@ -1,0 +1,143 @@
+"""RTN, GPTQ and HQQ behind a pass."""
+
+from __future__ import annotations
+
+import copy
+import glob
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from splitquant_inc.blocks import layers_in_blocks
+from splitquant_inc.exact_hqq import keep_zeros_exact
+from splitquant_inc.grid import IncRtnGrid
+from splitquant_inc.part_names import Info, PartName, layer_infos, match_parts, part_infos
+from splitquant_inc.recipe import JOINED, PassFirst
+from splitquant_inc.refuse import (
+    bits_of,
+    is_integer,
+    refuse_bfloat16,
+    refuse_clipping,
+    refuse_ignored,
+    refuse_import_order,
+    refuse_reload,
+    refuse_wrapping,
+)
+from splitquant_plugins.check import refuse_unfit_model
+from splitquant_plugins.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from splitquant_plugins.grid import Grid
+
+
+class WeightOnlyRecipe(PassFirst):
+    """Splits the layers that INC will quantize, then gives every part its layer's options."""
+
+    def get_model_info(self, *args: Any, model: nn.Module | None = None) -> list[Info]:
+        """Run the pass, unless `prepare` did, and list the layers that INC may quantize.
+
+        INC calls this with `model` as a keyword; a ComposableConfig with it in position.
+        """
+        if args or model is None:
+            raise ConfigError(f"a recipe with a pass within a ComposableConfig: {JOINED}")
+        if not getattr(model, "is_prepared", False):
+            self._run_pass(model)
+        return part_infos(super().get_model_info(model=model), model)  # type: ignore[misc]
+
+    def to_config_mapping(self, config_list: Any = None, model_info: Any = None) -> OrderedDict[Info, Any]:
+        """Give each module of `model_info` its options: those of its layer, unless a pattern names the part."""
+        of_layers = super().to_config_mapping(config_list, layer_infos(model_info))  # type: ignore[misc]
+        by_pattern = {key: value for key, value in self.local_config.items() if isinstance(key, str)}  # type: ignore[attr-defined]
+        matched = match_parts(model_info, of_layers, by_pattern)
+        return OrderedDict((info, self._adapted(config, info[0])) for info, config in matched.items())
+
+    def _adapted(self, config: Any, name: str) -> Any:
+        """Return a copy of one layer's options as a split model needs them.
+
+        INC reads what concerns the whole model from whichever layer comes last. Weights are in memory, so that
+        nothing is reloaded layer by layer. The zero points of HQQ's parts are not quantized themselves: those of
+        a part are nearly equal, and INC's 16-bit scale for them overflows.
+        """
+        adapted = copy.copy(config)
+        whole_model = {"model_path", "quant_lm_head"} & adapted.__dict__.keys() & self.__dict__.keys()
+        adapted.__dict__.update({key: self.__dict__[key] for key in whole_model})
+        if "use_layer_wise" in adapted.__dict__:
+            adapted.__dict__["use_layer_wise"] = False
+        if config.name == "hqq" and isinstance(name, PartName) and name != name.layer:
+            adapted.__dict__["quant_zero"] = False
+        return adapted
+
+    def _run_pass(self, model: nn.Module) -> None:
+        refuse_unfit_model(model)
+        refuse_import_order()
+        if isinstance(model, self._kinds()):
+            raise InputError(f"the model is a single {type(model).__name__}; put it into an nn.Sequential to split it")
+        chosen = self._chosen(model)
+        if not chosen:
+            raise ConfigError(f"{type(self).plain.__name__} quantizes no layer of this {type(model).__name__}")
+        refuse_wrapping(chosen)
+        refuse_clipping(chosen)
+        refuse_reload(self, chosen, model)
+        refuse_bfloat16(chosen, model)
+        leave = [glob.escape(name) for name, _ in model.named_modules() if name and name not in chosen]
+        grids = {name: grid_of(config) for name, config in chosen.items()}
+        rule = grids.get if any(grids.values()) else None
+        self.first.apply(model, grid=rule, leave=leave)
+        own_weights(model, self._kinds())
+        if type(self).plain.__name__ == "HQQConfig":
+            keep_zeros_exact(model, self.first.plugins)
+
+    def _kinds(self) -> tuple[type[nn.Module], ...]:
+        from neural_compressor.torch.quantization.config import WOQ_WHITE_LIST
+
+        return (nn.Linear,) if self.name == "hqq" else tuple(WOQ_WHITE_LIST)  # type: ignore[attr-defined]
+
+    def _chosen(self, model: nn.Module) -> dict[str, Any]:
+        """Options of the float layers that INC will quantize, by name."""
+        infos = super().get_model_info(model=model)  # type: ignore[misc]
+        mapping: Mapping[Info, Any] = super().to_config_mapping(model_info=infos)  # type: ignore[misc]
+        chosen = {
+            name: config
+            for (name, _), config in mapping.items()
+            if config.dtype != "fp32" and isinstance(model.get_submodule(name), self._kinds())
+        }
+        if self.name == "gptq":  # type: ignore[attr-defined]
+            blocks, last = layers_in_blocks(model)
+            refuse_ignored(blocks, chosen)
+            if self.quant_lm_head and last:  # type: ignore[attr-defined]
+                blocks = [*blocks, last]
+            chosen = {name: config for name, config in chosen.items() if name in blocks}
+        return chosen
+
+
+def grid_of(config: Any) -> Grid | None:
+    """Return the grid of one layer's options; None where there is no closed one.
+
+    HQQ and a range found by search depend on the values, nf4 and its kin are no linear grids, and quantized
+    scales depend on those of the whole layer. GPTQ starts from RTN's grid and then moves weights along it.
+    """
+    if config.name not in ("rtn", "gptq") or not is_integer(config) or not 2 <= bits_of(config) <= 8:
+        return None
+    if config.use_mse_search or config.use_double_quant or getattr(config, "group_dim", 1) != 1:
+        return None
+    return IncRtnGrid(
+        bits_of(config),
+        "symmetric" if config.use_sym else "affine",
+        None if config.group_size == -1 else int(config.group_size),
+        bool(getattr(config, "use_full_range", False)),
+    )
+
+
+def own_weights(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
+    """Give every layer that INC may quantize a weight of its own: INC writes codes into the float weight."""
+    holders: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders[parameter.data_ptr()] = holders.get(parameter.data_ptr(), 0) + 1
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
+    for module in layers:
+        if holders[module.weight.data_ptr()] > 1:
+            module.weight = nn.Parameter(module.weight.detach().clone(), module.weight.requires_grad)
