@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -161,6 +162,9 @@ class BackendContract:
             backend.resolve(WeightRequest("int2", granularity="channel", group_size=64))
 
     def test_a_missing_package_names_the_extra(self, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(type(backend), "packages", ("no-such-distribution",))
+        def missing(name: str) -> str:
+            raise metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(metadata, "version", missing)
         with pytest.raises(MissingExtraError, match=rf"splitquant-plugins\[{backend.extra}\]"):
             backend.require()

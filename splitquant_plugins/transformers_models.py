@@ -65,13 +65,17 @@ def load_model(model: str) -> nn.Module:
 
     The model is in evaluation mode. Raises InputError, naming what is missing.
     """
+    return _loaded_whole(model_class(load_config(model), model), model)
+
+
+def load_config(model: str | Path) -> Any:
+    """Load a configuration from a folder or a Hub id; a missing or damaged one is an InputError."""
     transformers = require_transformers()
-    _refuse_missing_folder(model)
+    _refuse_missing_folder(str(model))
     try:
-        config = transformers.AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load model {model}: {first_line(error)}") from None
-    return _loaded_whole(model_class(config, model), model)
+        return transformers.AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"cannot load the configuration of {model}: {first_line(error)}") from None
 
 
 def _loaded_whole(kind: Any, model: str) -> nn.Module:
@@ -89,13 +93,7 @@ def _loaded_whole(kind: Any, model: str) -> nn.Module:
 
 def max_length_of_config(model: str, limit: int = 512) -> int:
     """Longest input in tokens that a model takes, at most `limit`; read from its configuration."""
-    transformers = require_transformers()
-    _refuse_missing_folder(model)
-    try:
-        config = transformers.AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the configuration of {model}: {first_line(error)}") from None
-    return min(int(getattr(config, "max_position_embeddings", None) or limit), limit)
+    return min(int(getattr(load_config(model), "max_position_embeddings", None) or limit), limit)
 
 
 def load_tokenizer(model: str) -> Any:

@@ -115,11 +115,11 @@ def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, PackedInc |
 
 
 def _model_of(folder: Path) -> nn.Module:
-    from splitquant_plugins.transformers_models import empty_model, require_transformers
+    from splitquant_plugins.transformers_models import empty_model, load_config
 
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no config.json: pass the unsplit float model, load(folder, model)")
-    config = require_transformers().AutoConfig.from_pretrained(folder)
+    config = load_config(folder)
     with torch.random.fork_rng(devices=[]):
         return empty_model(config, folder)
 
