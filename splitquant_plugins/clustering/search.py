@@ -135,12 +135,12 @@ def _level(data: Ascending, rows: Array, places: Array, open_: Array, found: _Be
     allowance = np.where(length > 1, _allowance(data, at, places, weight, total), 0)
     bound = _bounds(first, between, last, allowance)
     inertia = data.inertia[rows] - found.gain[rows]
-    keep = _worth_more(bound, allowance, length, found.gain[rows], inertia, _EXACT)
-    many = np.count_nonzero(keep[1], axis=2).max(1) > _MANY
+    place, stretch = _worth_more(bound, allowance, length, found.gain[rows], inertia, _EXACT)
+    many = (np.count_nonzero(stretch, axis=2).max(1) > _MANY)[:, None, None]
     if many.any():
-        coarser = _worth_more(bound, allowance, length, found.gain[rows], inertia, _CLOSE)
-        keep = tuple(np.where(many[:, None, None], coarse, fine) for coarse, fine in zip(coarser, keep, strict=True))
-    return _finer(rows, places, *keep)
+        coarse_place, coarse_stretch = _worth_more(bound, allowance, length, found.gain[rows], inertia, _CLOSE)
+        place, stretch = np.where(many, coarse_place, place), np.where(many, coarse_stretch, stretch)
+    return _finer(rows, places, place, stretch)
 
 
 def _gain(weight: Array, total: Array) -> Array:
@@ -215,7 +215,7 @@ def _worth_more(
     place = bound > enough
     stretch = (np.maximum(bound[:, :, 1:], bound[:, :, :-1]) + allowance > enough) & (length > 1)
     # Without an open stretch all that is left has been tried.
-    open_rows = stretch.any((1, 2))[:, None, None]
+    open_rows: Array = np.any(stretch, axis=(1, 2), keepdims=True)
     return place & open_rows, stretch & open_rows
 
 

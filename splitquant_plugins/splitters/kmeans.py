@@ -70,7 +70,7 @@ class KMeansSplitter(Splitter):
 
 def _has_value(part: Tensor) -> bool:
     """Whether a part is not 0 everywhere; most show it in their first values."""
-    return any(bool(piece.any()) for piece in part.reshape(-1).split(_PIECE))
+    return any(bool(piece.any()) for piece in torch.split(part.reshape(-1), _PIECE))
 
 
 def _why_whole(rows: Tensor, k: int, by_channel: bool) -> str:
