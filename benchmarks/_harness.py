@@ -51,12 +51,17 @@ def alternate(
     return medians, statistics.median(one / two for one, two in pairs)
 
 
-def report(title: str, rows: Sequence[Mapping[str, Any]], json_path: str | Path | None = None) -> None:
+def report(
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    json_path: str | Path | None = None,
+    packages: Sequence[str] = _PACKAGES,
+) -> None:
     """Print rows as a table under the machine's description, and write both to `json_path`."""
     from rich.console import Console
     from rich.table import Table
 
-    described = machine()
+    described = machine(packages)
     versions = ", ".join(f"{name} {number}" for name, number in described["versions"].items())
     caption = (
         f"{described['cpu']}, {described['cores']} cores, {described['torch_threads']} threads; "

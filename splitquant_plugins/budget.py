@@ -1,18 +1,21 @@
 """How many parts each layer gets: the most error removed within a budget of stored bits.
 
 Every layer offers candidates, one for each number of parts, with the bits that it stores and the error that
-remains on the grid. Errors add up over layers, bits do too, so the best choice lies on the layers' lower convex
-hulls, and is walked to by taking the step with the largest error removed per bit, over and over. Ties go to the
-layer that comes first, so that the same model gets the same parts.
+remains on the grid. Errors add up over layers, bits do too, so the best choices lie on the layers' lower convex
+hulls, and the curve is walked by taking the step with the largest error removed per bit, over and over. Ties go to
+the layer that comes first, so that the same model gets the same parts. Between the curve's points `allocate` fills
+a budget by dynamic programming.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from splitquant_plugins.errors import ConfigError
+
+_KEPT = 1024
 
 
 @dataclass(frozen=True)
@@ -56,22 +59,56 @@ def tradeoff(options: Mapping[str, Sequence[Candidate]]) -> list[Step]:
 
 
 def allocate(options: Mapping[str, Sequence[Candidate]], bits: float) -> dict[str, Candidate]:
-    """Choose a candidate for every layer so that together they store at most `bits`.
+    """Choose a candidate for every layer so that together they store at most `bits`, with the least error.
 
-    Steps that no longer fit are passed over for later, smaller ones. Raises ConfigError, with the least that is
-    possible, where even the cheapest candidates do not fit.
+    Layers are taken in order; of all combinations so far, those are kept that no other beats in both bits and
+    error. That is exact up to `_KEPT` of them; of more, the best of as many equal ranges of bits are kept.
+    (Walking down the hulls is not enough: where the next step, that of a large layer, just does not fit, it
+    would spend the rest on small layers that need it less.) Of equal errors the fewest bits are taken.
+    Raises ConfigError, with the least that is possible, where even the cheapest candidates do not fit.
     """
-    chosen = {name: min(candidates, key=lambda c: (c.bits, c.error)) for name, candidates in options.items()}
-    spent = sum(candidate.bits for candidate in chosen.values())
-    if spent > bits:
-        raise ConfigError(f"the budget of {bits:,.0f} bits is too small: unsplit, the layers store {spent:,} bits")
-    for step in tradeoff(options)[1:]:
-        after = next(c for c in options[step.layer] if c.k == step.k)
-        change = after.bits - chosen[step.layer].bits
-        if change > 0 and after.error < chosen[step.layer].error and spent + change <= bits:
-            chosen[step.layer] = after
-            spent += change
-    return chosen
+    least = {name: min(candidate.bits for candidate in candidates) for name, candidates in options.items()}
+    needed = sum(least.values())
+    if needed > bits:
+        raise ConfigError(f"the budget of {bits:,.0f} bits is too small: unsplit, the layers store {needed:,} bits")
+    front: list[_Combination] = [_Combination(0, 0.0)]
+    for name, candidates in options.items():
+        needed -= least[name]
+        front = _undominated(
+            _Combination(before.bits + one.bits, before.error + one.error, one, before)
+            for before in front
+            for one in candidates
+            if before.bits + one.bits + needed <= bits
+        )
+    best: _Combination | None = front[-1]
+    chosen: list[Candidate] = []
+    while best is not None and best.last is not None:
+        chosen.append(best.last)
+        best = best.before
+    return dict(zip(options, reversed(chosen), strict=True))
+
+
+@dataclass(frozen=True)
+class _Combination:
+    """Bits and error of one candidate for each of the layers so far, the last of them, and those before it."""
+
+    bits: int
+    error: float
+    last: Candidate | None = None
+    before: _Combination | None = None
+
+
+def _undominated(combinations: Iterable[_Combination]) -> list[_Combination]:
+    """Those that none beats in both bits and error, from the fewest bits to the least error, thinned to `_KEPT`."""
+    front: list[_Combination] = []
+    for one in sorted(combinations, key=lambda c: (c.bits, c.error)):
+        if not front or one.error < front[-1].error:
+            front.append(one)
+    if len(front) <= _KEPT:
+        return front
+    low, span = front[0].bits, front[-1].bits - front[0].bits
+    best = {(one.bits - low) * (_KEPT - 2) // span: one for one in front}  # later ones have less error
+    return [front[0], *(one for one in best.values() if one is not front[0])]
 
 
 def _gain(before: Candidate, after: Candidate) -> float:

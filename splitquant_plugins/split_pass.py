@@ -269,6 +269,10 @@ class SplitQuantPass(ModelPass):
         """Split the tensors of one layer, without touching any module; for adapters that rewrite graphs."""
         return LayerSplitter(self.plugins)(*self._task(name, plan, _Jobs(grid, {}, {})))
 
+    def candidates(self, name: str, plan: LayerPlan, grid: Grid) -> list[Candidate]:
+        """What 1 to 4 parts of a layer would store and what error they would leave, without calibration."""
+        return CandidateMeasure(self.plugins)(*self._task(name, plan, _Jobs(grid, {}, {})))
+
     def _task(
         self, name: str, plan: LayerPlan, jobs: _Jobs
     ) -> tuple[Tensor, Tensor | None, TensorPlan, TensorPlan | None, Grid | None]:

@@ -89,15 +89,18 @@ class CandidateMeasure:
     def __call__(
         self, weight: Tensor, bias: Tensor | None, plan: TensorPlan, bias_plan: TensorPlan | None, grid: Grid | None
     ) -> list[Candidate]:
-        """Return the candidates; errors are relative to the layer's own energy, so that layers can be compared."""
+        """Return the candidates, with the squared error of the layer's weights, or of its outputs with calibration.
+
+        Relative to the layer's own energy, errors ask for parts where the weights are small and matter little;
+        measured, absolute ones keep more of a model's outputs at the same budget.
+        """
         if grid is None:
             raise ConfigError(f"budget: the recipe states no grid for {plan.layer}, so gains cannot be measured")
-        energy = output_error(weight, [torch.zeros_like(weight)], grid, plan.second_moment)
         candidates = []
         for k in BUDGET_PARTS:
             parts = [weight] if k == 1 else self._split(weight, None, replace(plan, k=k), None, grid).weight
             if parts:
-                error = output_error(weight, parts, grid, plan.second_moment) / max(energy, 1e-30)
+                error = output_error(weight, parts, grid, plan.second_moment)
                 bits = len(parts) * grid.stored_bits(weight.shape)
                 candidates.append(Candidate(k, bits, error))
         return candidates

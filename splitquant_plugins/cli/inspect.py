@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -13,6 +13,7 @@ from splitquant_plugins.cli.options import json_option, pass_options, quiet_libr
 if TYPE_CHECKING:
     from torch import nn
 
+    from splitquant_plugins.grid import Grid
     from splitquant_plugins.inspection import Inspection
     from splitquant_plugins.report import Column
     from splitquant_plugins.split_pass import SplitQuantPass
@@ -32,6 +33,14 @@ if TYPE_CHECKING:
     metavar="FILE|DIR",
     help="Draw the histograms: one .png, one self-contained .html, or a folder of PNGs.",
 )
+@click.option("--curve", is_flag=True, help="Also show the error that each budget of stored bits per weight leaves.")
+@click.option(
+    "--granularity",
+    type=click.Choice(["tensor", "channel"]),
+    default="channel",
+    show_default=True,
+    help="What shares a scale, for the curve.",
+)
 @json_option
 @click.pass_context
 def inspect(
@@ -43,6 +52,8 @@ def inspect(
     patterns: tuple[str, ...],
     extra: tuple[str, ...],
     picture: Path | None,
+    curve: bool,
+    granularity: Literal["tensor", "channel"],
     json_path: Path | None,
 ) -> None:
     """Show, for each layer of MODEL (Hub id or folder), what a split would bring and cost.
@@ -55,6 +66,7 @@ def inspect(
     """
     from splitquant_plugins import pictures, report
     from splitquant_plugins.errors import InputError
+    from splitquant_plugins.grid import UniformGrid
     from splitquant_plugins.manifest import FILE_NAME
     from splitquant_plugins.plugins import Plugins
     from splitquant_plugins.split_pass import SplitQuantPass
@@ -77,6 +89,9 @@ def inspect(
     for layer in layers:
         if layer.reason:
             click.echo(f"{layer.layer} stays whole: {layer.reason}")
+    if curve:
+        steps = curve_of(loaded, split_pass, UniformGrid(bits, granularity=granularity))
+        report.print_table(f"budget: stored bits per weight, per {granularity}", steps, _curve_columns())
     report.write_rows(json_path, rows)
     if picture is not None:
         pictures.write_picture(picture, title, layers)
@@ -118,6 +133,33 @@ def inspections(
                 grids,
                 made["channel"].reason,
             )
+
+
+def curve_of(model: nn.Module, split_pass: SplitQuantPass, grid: Grid) -> list[dict[str, Any]]:
+    """Return the points of the best trade-off, from unsplit to the least error; the model is prepared already.
+
+    Each is a layer that gets more parts, with the stored bits per weight and the weight SQNR in decibels from
+    then on, over all layers that the pass would split.
+    """
+    from splitquant_plugins.budget import tradeoff
+    from splitquant_plugins.evaluate import ratio_db
+    from splitquant_plugins.selection import select_layers
+
+    layers = select_layers(model, split_pass.config, split_pass.plugins).split
+    weights = [layer.plan.weight.detach() for layer in layers]
+    number = sum(weight.numel() for weight in weights)
+    energy = sum(float(weight.double().square().sum()) for weight in weights)
+    options = {layer.name: split_pass.candidates(layer.name, layer.plan, grid) for layer in layers}
+    return [
+        {
+            "layer": step.layer or "(all)",
+            "k": step.k or 1,
+            "bits_per_weight": step.bits / number,
+            "error": step.error,
+            "weight_sqnr_db": ratio_db(energy, step.error),
+        }
+        for step in tradeoff(options)
+    ]
 
 
 def row_of(layer: Inspection, splitter: str, bits: int) -> dict[str, Any]:
@@ -168,6 +210,18 @@ def _gain(value: float) -> str:
 
 def _count(value: int) -> str:
     return f"{value:,}"
+
+
+def _curve_columns() -> Sequence[Column]:
+    from splitquant_plugins.report import text, two_decimals
+
+    return (
+        ("bits_per_weight", "bits/weight", two_decimals),
+        ("error", "error", _number),
+        ("weight_sqnr_db", "dB", two_decimals),
+        ("layer", "layer", text),
+        ("k", "k", text),
+    )
 
 
 def _columns() -> Sequence[Column]:

@@ -7,6 +7,7 @@ together must cover the range of the cell; nothing else ties the levels to the w
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 _RATIOS = (0.12, 0.2, 0.25, 0.3, 0.4, 0.6, 0.85)
 _CHUNK = 1 << 22  # levels priced at once
 _STARTS = 1 << 20  # levels of all starts together
+_COARSE = (0.2, 0.1)  # steps of the pattern search from every start
+_FINE = (0.05, 0.025, 0.012)  # and from the best one's end
 _SAMPLE_CELLS = 4
+_TOGETHER = 128  # cells, repeated for each start, that descend together
 _KEPT = 1024  # starts that are tried on more than one cell
 
 
@@ -68,13 +72,21 @@ class Search:
         shape, scale = self._rank(
             *starts, keep=2 if cells > 1024 or self.codes.shape[1] ** self.k > 64 else 3 if cells > 16 else 6
         )
-        runs = [self._descend(shape[:, i], scale[:, i]) for i in range(shape.shape[1])]
-        costs = torch.stack([run[2] for run in runs])
-        best = costs.argmin(dim=0)
-        return Codebook(
-            torch.stack([run[0] for run in runs])[best, self.row],
-            torch.stack([run[1] for run in runs])[best, self.row],
-        )
+        runs = shape.shape[1]
+        step = max(1, min(runs, _TOGETHER // cells))  # starts of a cell that descend together
+        found = [self._descend_all(shape[:, i : i + step], scale[:, i : i + step]) for i in range(0, runs, step)]
+        shape, scale, cost = (torch.cat(columns, dim=1) for columns in zip(*found, strict=True))
+        best = cost.argmin(dim=1)
+        shape, scale, _ = self._descend(shape[self.row, best], scale[self.row, best], _FINE)
+        return Codebook(shape, scale)
+
+    def _descend_all(self, shape: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Coarse descent from several starts per cell [cells, starts, k]; costs [cells, starts]."""
+        number = shape.shape[1]
+        repeated = copy.copy(self)
+        repeated.cells = self.cells.rows(self.row.repeat_interleave(number))
+        ends = repeated._descend(shape.flatten(0, 1), scale.flatten(0, 1), _COARSE, shapes=True)
+        return ends[0].reshape(shape.shape), ends[1].reshape(scale.shape), ends[2].reshape(-1, number)
 
     def cost(self, shape: Tensor, scale: Tensor, cell: int | None = None) -> Tensor:
         """Squared error of codebook i on cell i, or of every codebook on one cell."""
@@ -98,7 +110,8 @@ class Search:
         others_below = below.sum(dim=1, keepdim=True) - below
         low = (bottom >= 0) | (on.values[:, :1] <= bottom + others_above)
         high = (top <= 0) | (on.values[:, -1:] >= top - others_below)
-        return ((low | high) if self.either else (low & high)).all(dim=1)
+        can: Tensor = ((low | high) if self.either else (low & high)).all(dim=1)
+        return can
 
     def fit(self, shape: Tensor, scale: Tensor, rows: slice | None = None, *, first: bool = False) -> Tensor:
         """Enlarge scales (all in proportion, or only the first part's) until the ranges cover the cells."""
@@ -133,7 +146,8 @@ class Search:
         scale = torch.tensor([(1.0, *t) for t in steps], dtype=torch.float64).cumprod(dim=1)
         shape = torch.tensor(tuples)
         pairs = torch.cartesian_prod(torch.arange(len(shape)), torch.arange(len(scale)))
-        most = max(256, _STARTS // width**self.k)
+        few = len(self.row) <= _SAMPLE_CELLS  # many cells share the starts that some of them like
+        most = max(256, (_STARTS if few else _STARTS // 4) // width**self.k)
         if len(pairs) > most:
             pairs = pairs[torch.linspace(0, len(pairs) - 1, most).round().long()]
         return shape[pairs[:, 0]].to(self.codes.device), scale[pairs[:, 1]].to(self.codes)
@@ -163,10 +177,12 @@ class Search:
         both = torch.stack([(scale * self.above[shape]).sum(1), (scale * self.below[shape]).sum(1)])
         return scale / both.amax(dim=0).unsqueeze(1)
 
-    def _descend(self, shape: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _descend(
+        self, shape: Tensor, scale: Tensor, deltas: Sequence[float], *, shapes: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Pattern search over the logarithms of the scales, and over one part's shape at a time."""
         cost = self.cost(shape, scale)
-        for delta in (0.2, 0.1, 0.05, 0.025, 0.012):
+        for delta in deltas:
             for _ in range(2):
                 for part, sign, first in itertools.product(range(self.k), (1, -1), (False, True)):
                     if first and (part == 0 or not self.cover):
@@ -174,7 +190,7 @@ class Search:
                     trial = scale.clone()
                     trial[:, part] *= 1 + sign * delta
                     shape, scale, cost = self._accept(shape, scale, cost, shape, trial, first=first)
-            if delta == 0.1:
+            if shapes and delta == deltas[-1]:
                 for part, new in itertools.product(range(self.k), range(len(self.codes))):
                     other = shape.clone()
                     other[:, part] = new

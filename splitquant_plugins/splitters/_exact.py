@@ -17,14 +17,20 @@ def complete(tensor: Tensor, targets: Sequence[Tensor]) -> list[Tensor]:
 
     The last part is `tensor` minus the running sum of the others *as its dtype computes it*. Where that
     subtraction is inexact, the part before the last gives up its lowest bits. A weight much smaller than its
-    last part has bits that no float of the last part's size can hold; there the sum stays off, by at most an
-    ulp of the larger of the weight and its last part.
+    last part has bits that no float of the last part's size can hold; there the sum stays off, by at most eps
+    times the last part's magnitude (eps is that of the dtype: the last part is off by half an ulp, and the sum,
+    rounded to the nearest float, by no more than that again). Where the others overflow the dtype, the last
+    part holds the weight alone.
     """
     if not targets:
         return [tensor]
     parts = [target.to(tensor.dtype) for target in targets]
     running = sum_parts(parts)
     last = tensor - running
+    finite = torch.isfinite(last) & torch.isfinite(running + last)
+    if not bool(finite.all()):
+        parts = [torch.where(finite, part, 0.0) for part in parts]
+        running, last = torch.where(finite, running, 0.0), torch.where(finite, last, tensor)
     for coarser in (1, 2, 4):
         wrong = torch.ne(running + last, tensor)
         if not bool(wrong.any()):

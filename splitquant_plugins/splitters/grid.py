@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from splitquant_plugins.errors import CannotSplit
 from splitquant_plugins.splitters._codebook import Codebook, Search
 from splitquant_plugins.splitters._exact import complete
 from splitquant_plugins.splitters._feedback import choose
@@ -16,6 +18,7 @@ from splitquant_plugins.splitters._realise import levels, nearest, realise
 from splitquant_plugins.splitters._shapes import Shape, shapes
 from splitquant_plugins.splitters._sketch import sketch, sketch_size
 from splitquant_plugins.splitters.base import Splitter, SplitterOptions
+from splitquant_plugins.splitters.kmeans import KMeansOptions, KMeansSplitter
 from splitquant_plugins.splitters.range import choose_cuts, range_parts
 from splitquant_plugins.splitters.residual import choose_ranges, residual_parts
 
@@ -41,8 +44,9 @@ class GridOptions(SplitterOptions):
 class GridSplitter(Splitter):
     """Choose scales and codes of all parts jointly, for the least error of the sum of the rounded parts.
 
-    Also makes the parts of `residual` and of `range`, and the tensor in one part, measures each through the
-    grid, and returns per output channel (per tensor on a per-tensor grid) what is best.
+    Also makes the parts of `residual`, `range` and `kmeans`, and the tensor in one part, measures each through
+    the grid, and returns per output channel (per tensor on a per-tensor grid) what is best. So its measured
+    error is never above theirs.
     """
 
     Options: ClassVar[type[SplitterOptions]] = GridOptions
@@ -50,7 +54,11 @@ class GridSplitter(Splitter):
     needs_grid: ClassVar[bool] = True
 
     def split(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> Sequence[Tensor]:
-        """Return `plan.k` parts that sum to `tensor` (up to half an ulp of the last part)."""
+        """Return `plan.k` parts of `tensor`'s shape and dtype.
+
+        Their sum differs from the tensor by at most eps times the last part's magnitude, value by value; see
+        `complete`. Raises InputError where there is no grid.
+        """
         if plan.k == 1:
             return [tensor]
         k, grid_, options = plan.k, required(grid, plan), plan.options
@@ -68,14 +76,27 @@ class GridSplitter(Splitter):
         makers: list[Callable[[], list[Tensor]]] = [
             lambda: complete(tensor, by_cells(tensor, grid_, residual)[:-1]),
             lambda: by_cells(tensor, grid_, ranges),
-            lambda: [tensor] + [torch.zeros_like(tensor) for _ in range(k - 1)],
+            lambda: clusters(tensor, plan),
+            lambda: [tensor],
         ]
         found = shapes(grid_)
         if max(len(shape.codes) for shape in found) ** k <= _MOST_SUMS:
             if moment is not None:
                 makers.insert(0, lambda: complete(tensor, joint_parts(tensor, grid_, found, k, moment)[:-1]))
             makers.insert(0, lambda: complete(tensor, joint_parts(tensor, grid_, found, k)[:-1]))
-        return _best(tensor, makers, grid_, moment)
+        return _best(tensor, k, makers, grid_, moment)
+
+
+def clusters(tensor: Tensor, plan: TensorPlan) -> list[Tensor]:
+    """The parts of the `kmeans` splitter; the tensor itself where it cannot be clustered."""
+    try:
+        return KMeansSplitter().split(tensor, replace(plan, options=KMeansOptions()), None)
+    except CannotSplit:
+        return [tensor]
+
+
+def _padded(parts: list[Tensor], k: int) -> list[Tensor]:
+    return parts + [torch.zeros_like(parts[0]) for _ in range(k - len(parts))]
 
 
 def joint_parts(
@@ -127,7 +148,7 @@ def by_cells_with_moment(
 
 
 def _best(
-    tensor: Tensor, makers: Sequence[Callable[[], list[Tensor]]], grid: Grid, moment: Tensor | None
+    tensor: Tensor, k: int, makers: Sequence[Callable[[], list[Tensor]]], grid: Grid, moment: Tensor | None
 ) -> list[Tensor]:
     """Per output channel the candidate of least measured error; the whole tensor's on a per-tensor grid."""
     whole = grid.granularity == "tensor" or tensor.ndim < 2
@@ -136,7 +157,7 @@ def _best(
     single: list[Tensor] = []
     single_error = float("inf")
     for make in makers:
-        parts = make()
+        parts = _padded(make(), k)
         error = row_error(tensor, quantized_sum(parts, grid), moment)
         error = error.where(torch.isfinite(error), torch.inf)
         total = float(error.sum())

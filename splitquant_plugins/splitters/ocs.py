@@ -41,7 +41,7 @@ class OcsSplitter(Splitter):
     Options: ClassVar[type[SplitterOptions]] = OcsOptions
 
     def split(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None = None) -> Sequence[Tensor]:
-        """Return at most `plan.k` parts that sum to `tensor` (up to half an ulp of the last part).
+        """Return at most `plan.k` parts that sum to `tensor`, but for eps times the last part (see `complete`).
 
         Input channels are the last dimension of a 2-D tensor, dimension 1 otherwise; a 1-D tensor stays whole.
         """

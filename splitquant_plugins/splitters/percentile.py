@@ -36,8 +36,8 @@ class PercentileSplitter(Splitter):
     def split(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None = None) -> Sequence[Tensor]:
         """Return one part for k = 1 and two for every larger k; they sum to `tensor`.
 
-        The excess w - clip(w) is exact up to twice the clip (Sterbenz), and rounded by at most half an ulp of
-        w beyond.
+        The excess w - clip(w) is exact up to twice the clip (Sterbenz); beyond, the sum differs from w by at
+        most eps times the excess (see `complete`).
         """
         options = plan.options if isinstance(plan.options, PercentileOptions) else PercentileOptions()
         if plan.k == 1 or tensor.numel() == 0:

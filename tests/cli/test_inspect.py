@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,23 @@ def rows_of(plugins: Plugins, tmp_path: Path, *arguments: object) -> list[dict[s
     run(plugins, *arguments, "--json", tmp_path / "rows.json")
     rows: list[dict[str, Any]] = json.loads((tmp_path / "rows.json").read_text())
     return rows
+
+
+def test_the_curve_falls_as_bits_are_added(plugins: Plugins, model: Path) -> None:
+    from splitquant_plugins.cli.inspect import curve_of
+    from splitquant_plugins.grid import UniformGrid
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 12))
+    steps = curve_of(net, SplitQuantPass(splitter="kmeans", plugins=plugins), UniformGrid(2))
+    plain = sum(UniformGrid(2).stored_bits(layer.weight.shape) for layer in net) / (2 * 12 * 16)
+    assert steps[0]["bits_per_weight"] == pytest.approx(plain)
+    assert len(steps) > 2
+    for before, after in pairwise(steps):
+        assert after["bits_per_weight"] > before["bits_per_weight"]
+        assert after["error"] < before["error"]
+        assert after["weight_sqnr_db"] > before["weight_sqnr_db"]
+    assert "bits/weight" in run(plugins, model, "--curve", "--granularity", "tensor").output
 
 
 def test_every_layer_of_any_architecture_is_a_row(plugins: Plugins, model: Path, tmp_path: Path) -> None:
