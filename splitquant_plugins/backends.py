@@ -21,19 +21,21 @@ if TYPE_CHECKING:
 
 Choice = TypeVar("Choice", bound=str)
 Batch = Mapping[str, "Tensor"]
+ROUND_TO_NEAREST = "rtn"
 
 
 @dataclass(frozen=True)
 class WeightRequest:
     """The weight format that a user asks for; None leaves the choice to the backend.
 
-    `weights` is int2, int4 or int8.
+    `weights` is int2, int4 or int8. `method` is how the backend chooses codes, one of its `methods`.
     """
 
     weights: str
     granularity: GridGranularity | None = None
     group_size: int | None = None
     scheme: Scheme | None = None
+    method: str = ROUND_TO_NEAREST
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class WeightFormat:
     granularity: GridGranularity
     group_size: int | None
     scheme: Scheme
+    method: str = ROUND_TO_NEAREST
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,8 @@ class Backend(ABC):
     """One backend. Subclasses live in `adapters/`, and are registered by their plugin module.
 
     `packages` are the distributions to be installed, `extra` the extra that installs them. `support` lists,
-    by weight width, what the backend can do; `any_group_size` whether `group_size` is free.
+    by weight width, what the backend can do; `any_group_size` whether `group_size` is free. `methods` are the ways
+    to choose codes, of which `calibrated` ones run the batches that `quantize` is given.
     """
 
     name: ClassVar[str]
@@ -102,6 +106,8 @@ class Backend(ABC):
     packages: ClassVar[tuple[str, ...]]
     support: ClassVar[Mapping[str, Support]]
     default_group_size: ClassVar[int | None] = None
+    methods: ClassVar[tuple[str, ...]] = (ROUND_TO_NEAREST,)
+    calibrated: ClassVar[tuple[str, ...]] = ()
 
     def require(self) -> None:
         """Raise MissingExtraError unless the backend's packages are installed."""
@@ -120,6 +126,10 @@ class Backend(ABC):
             raise ConfigError(
                 f"backend {self.name} has no weights {request.weights!r}: choose from {', '.join(self.support)}"
             )
+        if request.method not in self.methods:
+            raise ConfigError(
+                f"backend {self.name} has no values {request.method!r}: choose from {', '.join(self.methods)}"
+            )
         support = self.support[request.weights]
         granularity = self._choice("granularity", request.granularity, support.granularities, request.weights)
         scheme = self._choice("scheme", request.scheme, support.schemes, request.weights)
@@ -134,7 +144,7 @@ class Backend(ABC):
                 allowed = ", ".join(map(str, support.group_sizes))
                 raise ConfigError(f"backend {self.name}: group_size={group_size}; choose from {allowed}")
         bits = int(request.weights.removeprefix("int"))
-        return WeightFormat(request.weights, bits, granularity, group_size, scheme)
+        return WeightFormat(request.weights, bits, granularity, group_size, scheme, request.method)
 
     def _choice(self, option: str, value: Choice | None, allowed: tuple[Choice, ...], weights: str) -> Choice:
         if value is None:

@@ -25,6 +25,16 @@ def part_names(k: int) -> tuple[str, ...]:
     return ("lower", *middle, "upper")
 
 
+def part_owners(model: nn.Module) -> dict[str, str]:
+    """Return the name of the split layer that each part belongs to, by the part's name."""
+    return {
+        f"{name}.{part}": name
+        for name, module in model.named_modules()
+        if isinstance(module, SplitModule)
+        for part in module.part_names
+    }
+
+
 class SplitModule(nn.Module):
     """Base of the split layers: the sum of its parts.
 
@@ -144,6 +154,8 @@ def dense_weight(module: nn.Module) -> Tensor:
     """Return the weight of a part as a plain tensor, whatever a backend has made of it."""
     if hasattr(module, "recover"):  # INC keeps packed integers and rebuilds the weight
         return cast(Any, module).recover()
+    if hasattr(module, "dequantize_weight"):  # as HQQ's layers do
+        return cast(Tensor, cast(Any, module).dequantize_weight())
     weight = cast(Tensor, module.weight)
     return weight.dequantize() if is_tensor_subclass(weight) else weight
 

@@ -76,9 +76,7 @@ def quantize_model(
     }
 
 
-def _in_memory(
-    chosen: Backend, model: str, form: WeightFormat, first: SplitQuantPass, output: Path
-) -> dict[str, Any]:
+def _in_memory(chosen: Backend, model: str, form: WeightFormat, first: SplitQuantPass, output: Path) -> dict[str, Any]:
     loaded = load_model(model)
     quantized = chosen.quantize(loaded, form, first, [example_batch(loaded)])
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +104,9 @@ def _in_memory(
 def _stream(chosen: Backend, model: str, form: WeightFormat, first: SplitQuantPass, output: Path) -> dict[str, Any]:
     packer = chosen.packer(form)
     if packer is None:
-        raise ConfigError(f"backend {chosen.name} cannot stream a checkpoint; leave out --stream, or use quanto")
+        raise ConfigError(
+            f"backend {chosen.name} cannot stream {form.weights} ({form.method}); leave out --stream, or use quanto"
+        )
     folder = Path(model)
     if not folder.is_dir():
         raise InputError(f"{model} is not a folder, and only local checkpoints are streamed; download it first")

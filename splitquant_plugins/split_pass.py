@@ -44,6 +44,11 @@ class ModelPass(ABC):
         """Whether the pass splits activation layers, which weight-only backends refuse."""
         return False
 
+    @property
+    def needs_modules(self) -> bool:
+        """Whether the pass works on modules only, and not on the layers of an exported graph."""
+        return True
+
     @abstractmethod
     def apply(self, model: nn.Module, *, grid: Grid | GridRule | None = None, leave: Sequence[str] = ()) -> nn.Module:
         """Rewrite the model in place and return it.
@@ -137,6 +142,11 @@ class SplitQuantPass(ModelPass):
     def splits_activations(self) -> bool:
         """Whether activation layers are split too."""
         return self.config.activations
+
+    @property
+    def needs_modules(self) -> bool:
+        """Calibration and budgets look at the whole model, which an exported graph no longer is."""
+        return self.calibration is not None or self.config.budget is not None
 
     def __repr__(self) -> str:
         chosen = {**self.config.model_dump(exclude_defaults=True), **self.splitter_options.model_dump()}

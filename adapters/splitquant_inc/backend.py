@@ -78,7 +78,7 @@ class IncBackend(Backend):
         from splitquant_plugins.checkpoint import state_bytes
 
         transposed = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
-        recipe = _recipe(chosen)
+        recipe = _recipe(chosen, model)
         started = time.perf_counter()
         model = prepare(model, recipe if first is None else first + recipe)
         if chosen.method in self.calibrated:
@@ -121,7 +121,7 @@ class IncBackend(Backend):
         return load(folder)
 
 
-def _recipe(chosen: WeightFormat) -> Any:
+def _recipe(chosen: WeightFormat, model: nn.Module) -> Any:
     from neural_compressor.torch.quantization import GPTQConfig, HQQConfig, RTNConfig
 
     symmetric = chosen.scheme == "symmetric"
@@ -129,7 +129,14 @@ def _recipe(chosen: WeightFormat) -> Any:
         raise ConfigError(f"backend inc has {chosen.method} with scheme 'affine' only")
     group_size = -1 if chosen.group_size is None else chosen.group_size
     if chosen.method == "hqq":
-        return HQQConfig(bits=chosen.bits, group_size=group_size, quant_zero=False)
+        recipe = HQQConfig(bits=chosen.bits, group_size=group_size, quant_zero=False)
+        for name, module in model.named_modules():
+            # INC packs the rows of whole channels into bytes, and cannot unpack what does not fill them.
+            if isinstance(module, torch.nn.Linear) and group_size == -1 and module.out_features % (8 // chosen.bits):
+                recipe.set_local(name, HQQConfig(dtype="fp32"))
+        return recipe
     if chosen.method == "gptq":
-        return GPTQConfig(bits=chosen.bits, group_size=group_size, use_sym=False)
+        # INC looks a model without a folder of its own up on the Hub.
+        path = getattr(model, "name_or_path", "") or "."
+        return GPTQConfig(bits=chosen.bits, group_size=group_size, use_sym=False, model_path=path)
     return RTNConfig(bits=chosen.bits, group_size=group_size, use_sym=symmetric, use_layer_wise=False)

@@ -15,7 +15,8 @@ from splitquant_plugins.backends import Backend, Batch, QuantizedModel, Support,
 from splitquant_plugins.checkpoint import state_bytes
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.grid import Grid
-from splitquant_plugins.manifest import ATTRIBUTE, Manifest
+from splitquant_plugins.manifest import ATTRIBUTE, Manifest, manifest_of
+from splitquant_plugins.modules import part_owners
 from splitquant_plugins.split_pass import ModelPass
 
 _SUPPORT = Support(("channel", "tensor"), ("affine", "symmetric"))
@@ -46,7 +47,7 @@ class Pt2eBackend(Backend):
         The first of `batches` is the example that the model is traced with.
         """
         from splitquant_pt2e.compat import convert_pt2e, prepare_pt2e
-        from splitquant_pt2e.layers import stamp_names
+        from splitquant_pt2e.layers import NAME, stamp_names
         from splitquant_pt2e.weights import stored_weights
 
         example = next(iter(batches), None)
@@ -54,8 +55,17 @@ class Pt2eBackend(Backend):
             raise InputError("backend pt2e traces the model: give an example batch of its inputs")
         example = _at_least_two(example)
         started = time.perf_counter()
+        before = first if first is not None and first.needs_modules else None
+        if before is not None:  # a pass that needs modules runs before the export
+            model, first = before.apply(model.eval(), grid=self.grid(chosen)), None
+        owners = part_owners(model)
         graph = export(model.eval(), example)
         stamp_names(graph)
+        for node in graph.graph.nodes:  # parts of layers that were split before go by the layer's name
+            if node.meta.get(NAME) in owners:
+                node.meta[NAME] = owners[node.meta[NAME]]
+        if before is not None:
+            graph.meta[ATTRIBUTE] = manifest_of(model)
         quantizer = _quantizer(chosen)
         with torch.no_grad():
             prepared = prepare_pt2e(graph, quantizer if first is None else first + quantizer)

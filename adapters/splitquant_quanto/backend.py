@@ -9,8 +9,17 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from splitquant_plugins.backends import Backend, Batch, QuantizedModel, Support, WeightFormat
+from splitquant_plugins.backends import (
+    ROUND_TO_NEAREST,
+    Backend,
+    Batch,
+    QuantizedModel,
+    Support,
+    WeightFormat,
+    WeightRequest,
+)
 from splitquant_plugins.checkpoint import state_bytes
+from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.grid import Grid
 from splitquant_plugins.manifest import manifest_of
 from splitquant_plugins.split_pass import ModelPass
@@ -28,6 +37,14 @@ class QuantoBackend(Backend):
         "int4": Support(("channel",), ("affine",)),
         "int8": Support(("channel",), ("symmetric",)),
     }
+    methods = ("rtn", "hqq")
+
+    def resolve(self, request: WeightRequest) -> WeightFormat:
+        """Fill the gaps of a request; HQQ is for weights with a shift."""
+        chosen = super().resolve(request)
+        if chosen.method == "hqq" and chosen.scheme == "symmetric":
+            raise ConfigError(f"backend quanto has no values 'hqq' at {request.weights}: choose int2 or int4")
+        return chosen
 
     def grid(self, chosen: WeightFormat) -> Grid:
         """Return quanto's grid at that width."""
@@ -35,8 +52,10 @@ class QuantoBackend(Backend):
 
         return QuantoGrid(chosen.bits)
 
-    def packer(self, chosen: WeightFormat) -> Packer:
-        """Return what packs single weights as quanto does."""
+    def packer(self, chosen: WeightFormat) -> Packer | None:
+        """Return what packs single weights as quanto does; None where values are not those rounded to."""
+        if chosen.method != ROUND_TO_NEAREST:
+            return None
         from splitquant_quanto.streaming import QuantoPacker
 
         return QuantoPacker(chosen.bits)
@@ -52,7 +71,7 @@ class QuantoBackend(Backend):
         from splitquant_quanto.quantization import quantize_after, stored_layers
 
         started = time.perf_counter()
-        model = quantize_after(first, model, chosen.weights)
+        model = quantize_after(first, model, chosen.weights, method=chosen.method)
         seconds = time.perf_counter() - started
         manifest = manifest_of(model) if first is not None else None
         split_seconds = manifest.seconds if manifest else 0.0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from optimum.quanto import AbsmaxOptimizer, qint2, qint4, qint8, quantize_weight
+from optimum.quanto import AbsmaxOptimizer, AffineOptimizer, MaxOptimizer, qint2, qint4, qint8, quantize_weight
 from torch import Tensor
 
 from splitquant_plugins.errors import ConfigError
@@ -57,6 +57,11 @@ class QuantoGrid:
         """Lowest and highest code."""
         return self._uniform(torch.Size([1, 1])).code_range
 
+    @property
+    def whole(self) -> QuantoWholeGrid:
+        """The grid of layers that are not split."""
+        return QuantoWholeGrid(self.bits)
+
     def _uniform(self, shape: torch.Size) -> UniformGrid:
         size = group_size_of(shape[1:].numel(), self.bits)
         return UniformGrid(self.bits, self.scheme, "group" if size else "channel", size)
@@ -79,14 +84,38 @@ class QuantoGrid:
             scale, shift, size = AbsmaxOptimizer()(tensor, qtype=qint8, axis=0), None, None
         else:
             size = group_size_of(tensor.shape[1:].numel(), self.bits)
-            scale, shift = ZeroExactOptimizer()(tensor, qtype=QTYPES[self.bits], axis=0, group_size=size)
+            scale, shift = self._optimizer()(tensor, qtype=QTYPES[self.bits], axis=0, group_size=size)
         rounded = quantize_weight(
             tensor, qtype=QTYPES[self.bits], axis=0, scale=scale, shift=shift, group_size=size, activation_qtype=None
         )
         return rounded.dequantize()
+
+    def _optimizer(self) -> AffineOptimizer:
+        return ZeroExactOptimizer()
 
     def stored_bits(self, shape: torch.Size) -> int:
         """Bits that a weight of this shape takes: codes, and 32 for each scale and each shift."""
         uniform = self._uniform(shape)
         cells = sum(part.shape[0] for part in uniform.cells(torch.empty(shape, device="meta")))
         return shape.numel() * self.bits + cells * (32 if self.bits == 8 else 64)
+
+
+@dataclass(frozen=True)
+class QuantoWholeGrid(QuantoGrid):
+    """quanto's own grid: below 8 bits from the lowest to the highest value, so that 0 may lie between two codes.
+
+    `qparams` and `cells` are those of QuantoGrid; `quantize_dequantize` tells the difference.
+    """
+
+    @property
+    def free_zero(self) -> bool:
+        """Whether any value can be the zero."""
+        return self.bits < 8
+
+    @property
+    def whole(self) -> QuantoWholeGrid:
+        """This grid itself."""
+        return self
+
+    def _optimizer(self) -> AffineOptimizer:
+        return MaxOptimizer()

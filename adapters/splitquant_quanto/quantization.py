@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, cast
 
-from optimum.quanto import QTensor, freeze, quantize
+from optimum.quanto import HqqOptimizer, QTensor, freeze, quantize
 from optimum.quanto.nn import QModuleMixin
 from torch import nn
 
@@ -38,10 +38,12 @@ def quantize_after(
     *,
     leave: Sequence[str] = (),
     kinds: tuple[type[nn.Module], ...] = LAYERS,
+    method: str = "rtn",
 ) -> nn.Module:
     """Run the pass `first`, then quantize and freeze the layers of those kinds; return the model.
 
-    `leave` are patterns of layer names that stay float. Raises InputError where no layer is quantized.
+    `leave` are patterns of layer names that stay float. `method`, rtn or hqq, chooses scales and shifts. Raises
+    InputError where no layer is quantized.
     """
     if first is not None:
         refuse_activations(first)
@@ -50,7 +52,7 @@ def quantize_after(
     names = [name for name, module in model.named_modules() if isinstance(module, kinds) and not _left(name, leave)]
     if not names:
         raise InputError(f"quanto finds no layer to quantize in {type(model).__name__}")
-    quantize(model, weights=f"q{weights}", include=names)
+    quantize(model, weights=f"q{weights}", include=names, optimizer=HqqOptimizer() if method == "hqq" else None)
     freeze(model)
     missed = [name for name in names if not isinstance(getattr(model.get_submodule(name), "weight", None), QTensor)]
     if missed:

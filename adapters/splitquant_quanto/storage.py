@@ -1,15 +1,16 @@
 """Saving a split, quantized model as safetensors and JSON, and loading it back.
 
 A folder holds config.json (of a transformers model), model.safetensors (packed codes, scales, shifts and the
-rest of the state) or shards of it with model.safetensors.index.json, quanto_qmap.json (what quanto quantized), splitquant_manifest.json (what was split) and
-splitquant_storage.json. transformers' and quanto's own loaders build the unsplit architecture and skip what
-does not fit it; `load` rebuilds the split one first, and takes a missing or unexpected tensor for an error.
+rest of the state) or shards of it with model.safetensors.index.json, quanto_qmap.json (what quanto quantized),
+splitquant_manifest.json (what was split) and splitquant_storage.json. transformers' and quanto's own loaders build
+the unsplit architecture and skip what does not fit it; `load` rebuilds the split one first, and takes a missing or
+unexpected tensor for an error.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
@@ -26,13 +27,16 @@ from splitquant_plugins.files import read_json, write_json
 from splitquant_plugins.manifest import FILE_NAME, Manifest, apply_manifest, manifest_of
 from splitquant_plugins.modules import SplitModule
 from splitquant_plugins.split_pass import SplitQuantPass
+from splitquant_plugins.streaming.headers import TensorSpec
 from splitquant_plugins.streaming.source import Source, is_sharded
 from splitquant_plugins.transformers_models import empty_model, first_line
-from splitquant_quanto.quantization import quantize_after
+from splitquant_quanto.grid import group_size_of
+from splitquant_quanto.quantization import LAYERS, quantize_after
 
 WEIGHTS_FILE = "model.safetensors"
 QMAP_FILE = "quanto_qmap.json"
 STORAGE_FILE = "splitquant_storage.json"
+ACTIVATION_SCALES = ("input_scale", "output_scale")
 
 
 class Storage(BaseModel):
@@ -111,15 +115,22 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         if source not in state:
             raise SkeletonMismatchError(f"{folder}: tensor {name} is to share {source}, which is not there")
         state[name] = state[source]
-    _adopt_dtypes(model, state)
+    _adopt_dtypes(model, state, qmap)
+    _refuse_misfit(model, state, qmap, folder)
     try:
         requantize(model, dict(state), qmap, device=torch.device("cpu"))
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # quanto's and torch's, for misfits
         problem = " ".join(str(error).split()) or "a tensor is of the wrong kind"
-        raise SkeletonMismatchError(f"{folder / WEIGHTS_FILE} does not fit the model: {problem}") from None
-    _refuse_misfit(model, state, qmap, folder)
+        raise SkeletonMismatchError(f"{folder}: the tensors do not fit the model: {problem}") from None
+    quantized = {name: module for name, module in model.named_modules() if name in qmap}
+    idle = [name for name, module in quantized.items() if not (isinstance(module, QModuleMixin) and module.frozen)]
+    if idle:
+        raise SkeletonMismatchError(f"{folder}: {len(idle)} quantized layers were not found, {idle[0]} among them")
     if isinstance(model, PreTrainedModel) and getattr(model.config, "tie_word_embeddings", False):
+        weights = {name: module.weight for name, module in quantized.items()}
         model.tie_weights()
+        for name, weight in weights.items():  # a quantized head has a weight of its own
+            quantized[name].weight = weight
     return model.eval()
 
 
@@ -178,11 +189,33 @@ def _read_qmap(path: Path) -> dict[str, dict[str, str]]:
         raise InputError(f"{path} is damaged: {error.errors()[0]['msg']}") from None
 
 
-def _adopt_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
+def saved_tensors(shape: torch.Size, dtype: torch.dtype, bits: int, *, part: bool) -> dict[str, TensorSpec]:
+    """Return what quanto saves for a layer whose weight has that shape and dtype, besides the bias.
+
+    That is codes, scales and shifts, and the scales of activations, which it saves for weights alone too. A layer
+    with a single output that is no part has, at INT2 and INT4, a scale for each index of the last dimension.
+    """
+    rows = torch.empty(shape, device="meta")
+    size = group_size_of(shape[1:].numel(), bits)
+    rows = rows if size is None else rows.reshape(-1, size)
+    scale = TensorSpec(dtype, (len(rows), *[1] * (rows.ndim - 1)))
+    last = {name: TensorSpec(dtype, ()) for name in ACTIVATION_SCALES}
+    if bits == 8:
+        scale = TensorSpec(dtype, ()) if len(rows) == 1 else scale
+        return {"weight._data": TensorSpec(torch.int8, tuple(shape)), "weight._scale": scale, **last}
+    if len(rows) == 1 and not part:
+        scale = TensorSpec(dtype, (*[1] * (rows.ndim - 1), rows.shape[-1]))
+    data = TensorSpec(torch.uint8, (-(-len(rows) * bits // 8), *rows.shape[1:]))
+    return {"weight._data._data": data, "weight._scale": scale, "weight._shift": scale, **last}
+
+
+def _adopt_dtypes(model: nn.Module, state: dict[str, Tensor], qmap: dict[str, dict[str, str]]) -> None:
     """Give what was not split the dtype that it was saved in; that of the parts is in the manifest."""
     parts = tuple(f"{name}." if name else "" for name, m in model.named_modules() if isinstance(m, SplitModule))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        saved = state.get(name)
+        owner, _, role = name.rpartition(".")
+        packed = owner in qmap and role == "weight"
+        saved = state.get(f"{name}._scale" if packed else name)
         if saved is None or name.startswith(parts):
             continue
         if tensor.is_floating_point() and saved.is_floating_point():
@@ -190,28 +223,30 @@ def _adopt_dtypes(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _refuse_misfit(model: nn.Module, state: dict[str, Tensor], qmap: dict[str, dict[str, str]], folder: Path) -> None:
-    """Raise unless every tensor of the file found its place, and every place its tensor."""
-    idle = [
-        name for name, m in model.named_modules() if name in qmap and not (isinstance(m, QModuleMixin) and m.frozen)
-    ]
-    if idle:
-        raise SkeletonMismatchError(f"{folder}: {len(idle)} quantized layers were not found, {idle[0]} among them")
-    loaded = model.state_dict()
-    missing, unexpected = sorted(loaded.keys() - state.keys()), sorted(state.keys() - loaded.keys())
+    """Raise unless the tensors are those of the split model, not yet quantized, with packed weights for its own.
+
+    Names, shapes and dtypes say it all; asking the quantized weights themselves would unpack each of them.
+    """
+    expected = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
+    parts = {id(part) for module in model.modules() if isinstance(module, SplitModule) for part in module.parts()}
+    bits = {id(model.get_submodule(name)): int(entry["weights"][len("qint") :]) for name, entry in qmap.items()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in bits:
+            if not isinstance(module, LAYERS):
+                raise SkeletonMismatchError(f"{folder} quantizes {name}, which is a {type(module).__name__} here")
+            weight = expected.pop(_join(name, "weight"))
+            part = id(module) in parts
+            saved = saved_tensors(torch.Size(weight.shape), weight.dtype, bits[id(module)], part=part)
+            expected.update({_join(name, key): spec for key, spec in saved.items()})
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unexpected:
-        what = f"has no {missing[0]}" if missing else f"has {unexpected[0]}, which the model does not"
-        raise SkeletonMismatchError(f"{folder / WEIGHTS_FILE} {what} ({len(missing) + len(unexpected)} such tensors)")
+        what = f"there is no tensor {missing[0]}" if missing else f"the model has no tensor {unexpected[0]}"
+        raise SkeletonMismatchError(f"{folder}: {what} ({len(missing) + len(unexpected)} such tensors)")
     for name, tensor in state.items():
-        if loaded[name].shape != tensor.shape or loaded[name].dtype != tensor.dtype:
-            raise SkeletonMismatchError(f"{folder}: {name} is {tuple(tensor.shape)} {tensor.dtype}, and was not taken")
-    for name in qmap:
-        module = model.get_submodule(name)
-        weight = cast(Tensor, module.weight)
-        try:
-            fits = weight.dequantize().shape == (
-                torch.Size([module.out_features, module.in_features]) if isinstance(module, nn.Linear) else weight.shape
-            )
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise SkeletonMismatchError(f"{folder}: the packed weight of {name} does not fit its layer")
+        if TensorSpec(tensor.dtype, tuple(tensor.shape)) != expected[name]:
+            wanted = f"{expected[name].shape} {expected[name].dtype}"
+            raise SkeletonMismatchError(f"{folder}: {name} is {tuple(tensor.shape)} {tensor.dtype}, and not {wanted}")
+
+
+def _join(owner: str, name: str) -> str:
+    return f"{owner}.{name}" if owner else name

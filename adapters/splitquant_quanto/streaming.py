@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, QTensor, quantize_weight
+from optimum.quanto import AbsmaxOptimizer, AffineOptimizer, MaxOptimizer, QTensor, quantize_weight
 from torch import Tensor, nn
 
 from splitquant_plugins.streaming.headers import TensorSpec
@@ -14,11 +15,10 @@ from splitquant_plugins.streaming.packer import Packer
 from splitquant_quanto.grid import QTYPES, QuantoGrid, group_size_of
 from splitquant_quanto.optimizer import ZeroExactOptimizer
 from splitquant_quanto.quantization import LAYERS, _splittable
-from splitquant_quanto.storage import write_description
+from splitquant_quanto.storage import ACTIVATION_SCALES, saved_tensors, write_description
 
-# Values quantized at once: few enough to stay in the cache.
-BLOCK = 1 << 17
-SCALES = ("input_scale", "output_scale")
+# Values quantized at once: enough to make calls cheap, few enough to stay in the cache.
+BLOCK = 1 << 19
 
 
 class QuantoPacker(Packer):
@@ -37,23 +37,13 @@ class QuantoPacker(Packer):
         """Layers of kinds that quanto does not quantize."""
         return [name for name, m in model.named_modules() if _splittable(m) and not isinstance(m, LAYERS)]
 
-    def spec(self, shape: torch.Size, dtype: torch.dtype) -> dict[str, TensorSpec]:
-        """Codes, scales and shifts, and the scales of activations, which quanto saves too."""
-        rows = torch.empty(shape, device="meta")
-        size = group_size_of(shape[1:].numel(), self.bits)
-        rows = rows if size is None else rows.reshape(-1, size)
-        scale = TensorSpec(dtype, (len(rows), *[1] * (rows.ndim - 1)))
-        last = {name: TensorSpec(dtype, ()) for name in SCALES}
-        if self.bits == 8:
-            scale = TensorSpec(dtype, ()) if len(rows) == 1 else scale
-            return {"weight._data": TensorSpec(torch.int8, tuple(shape)), "weight._scale": scale, **last}
-        height = -(-len(rows) * self.bits // 8)
-        data = TensorSpec(torch.uint8, (height, *rows.shape[1:]))
-        return {"weight._data._data": data, "weight._scale": scale, "weight._shift": scale, **last}
+    def spec(self, shape: torch.Size, dtype: torch.dtype, *, part: bool) -> dict[str, TensorSpec]:
+        """Codes, scales and shifts, and the scales of activations."""
+        return saved_tensors(shape, dtype, self.bits, part=part)
 
     def pack(self, weight: Tensor, *, part: bool) -> dict[str, Tensor]:
         """Quantize a weight to what quanto saves for it."""
-        last = {name: torch.ones((), dtype=weight.dtype) for name in SCALES}
+        last = {name: torch.ones((), dtype=weight.dtype) for name in ACTIVATION_SCALES}
         size = group_size_of(weight.shape[1:].numel(), self.bits)
         rows = weight if size is None else weight.reshape(-1, size)
         if len(rows) < 16 * 8 // self.bits or rows.numel() <= BLOCK:
@@ -74,7 +64,10 @@ class QuantoPacker(Packer):
 
     def _quantize_whole(self, weight: Tensor, size: int | None, part: bool) -> dict[str, Tensor]:
         """Let quanto itself do it at once; it has rules of its own for a single row."""
-        scale, shift = self._scale_and_shift(weight, size, part)
+        if self.bits == 8:
+            scale, shift = AbsmaxOptimizer()(weight, qtype=self.qtype, axis=0), None
+        else:
+            scale, shift = self._optimizer(part)(weight, qtype=self.qtype, axis=0, group_size=size)
         kwargs = {"qtype": self.qtype, "axis": 0, "scale": scale, "shift": shift, "group_size": size}
         quantized: QTensor = quantize_weight(weight, **kwargs, optimized=False)
         state: dict[str, Tensor] = {}
@@ -85,7 +78,7 @@ class QuantoPacker(Packer):
         data = torch.empty(rows.shape, dtype=torch.int8)
         scales = []
         for start, end in _bounds(len(rows), rows[0].numel()):
-            scale, _ = self._scale_and_shift(rows[start:end], None, False)
+            scale = AbsmaxOptimizer()(rows[start:end], qtype=self.qtype, axis=0)
             data[start:end] = torch.ops.quanto.quantize_symmetric(
                 rows[start:end], dtype=torch.int8, axis=0, scale=scale
             )
@@ -98,11 +91,12 @@ class QuantoPacker(Packer):
         data = torch.empty((height, *rows.shape[1:]), dtype=torch.uint8)
         scale = torch.empty((len(rows), *[1] * (rows.ndim - 1)), dtype=rows.dtype)
         shift = torch.empty_like(scale)
+        optimizer = self._optimizer(part)
         for top, bottom in _bounds(height, rows[0].numel()):
             for lane in range(8 // self.bits):
                 start, end = lane * height + top, min(lane * height + bottom, len(rows))
                 block = rows[start:end]
-                scale[start:end], shift[start:end] = self._scale_and_shift(block, size, part)
+                scale[start:end], shift[start:end] = optimizer(block, qtype=self.qtype, axis=0, group_size=size)
                 codes = torch.ops.quanto.quantize_affine(
                     block, bits=self.bits, axis=0, group_size=None, scale=scale[start:end], shift=shift[start:end]
                 )
@@ -112,21 +106,18 @@ class QuantoPacker(Packer):
                     data[top : top + end - start] |= codes << (self.bits * lane)
         return {"weight._data._data": data, "weight._scale": scale, "weight._shift": shift}
 
-    def _scale_and_shift(self, weight: Tensor, size: int | None, part: bool) -> tuple[Tensor, Tensor | None]:
-        if self.bits == 8:
-            return AbsmaxOptimizer()(weight, qtype=self.qtype, axis=0), None
-        optimizer = ZeroExactOptimizer() if part else MaxOptimizer()
-        found: tuple[Tensor, Tensor] = optimizer(weight, qtype=self.qtype, axis=0, group_size=size)
-        return found
+    def _optimizer(self, part: bool) -> AffineOptimizer:
+        """Zeros that a split injected must stay zero; a whole layer has quanto's own grid."""
+        return ZeroExactOptimizer() if part else MaxOptimizer()
 
     def describe(self, folder: Path, model: nn.Module, layers: Sequence[str], same_as: Mapping[str, str]) -> None:
         """Write quanto's map of quantized layers, the names of shared tensors, and the configuration."""
         entry = {"weights": self.qtype.name, "activations": "none"}
-        write_description(folder, model, {name: entry for name in layers}, dict(same_as))
+        write_description(folder, model, dict.fromkeys(layers, entry), dict(same_as))
 
 
 def _bounds(rows: int, width: int) -> list[tuple[int, int]]:
     """Cut rows into even blocks of about BLOCK values, none of which is a single row: quanto treats those apart."""
     count = max(1, min(rows * width // BLOCK, rows // 16))
     cuts = [rows * number // count for number in range(count + 1)]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(pairwise(cuts))

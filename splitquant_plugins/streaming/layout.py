@@ -1,0 +1,210 @@
+"""What becomes of each tensor of a checkpoint, and which shard of the output it goes to; decided from shapes alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from splitquant_plugins.errors import AlreadyQuantizedError, ConfigError, InputError
+from splitquant_plugins.modules import part_names
+from splitquant_plugins.plan import LayerPlan
+from splitquant_plugins.selection import KeptLayer, select_layers
+from splitquant_plugins.split_pass import SplitQuantPass
+from splitquant_plugins.streaming.headers import TensorSpec
+from splitquant_plugins.streaming.packer import Packer
+from splitquant_plugins.streaming.source import Source
+from splitquant_plugins.surgery import occurrences
+from splitquant_plugins.transformers_models import empty_model, first_line, require_transformers
+
+IN_MEMORY = "use --no-stream to load the model into memory"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One step of the work: a layer to be split and packed, one to be packed whole, or a tensor to be copied.
+
+    `names` are those of the layer, or of the tensor; what is written goes under the first. `sources` are the
+    tensors of the checkpoint by parameter name ("" for a tensor that is copied).
+    """
+
+    names: tuple[str, ...]
+    sources: Mapping[str, str]
+    outputs: tuple[tuple[str, TensorSpec], ...]
+    kind: Literal["split", "whole", "copy"]
+    plan: LayerPlan | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it writes at most."""
+        return sum(spec.bytes for _, spec in self.outputs)
+
+
+@dataclass
+class Layout:
+    """The plan of the whole work."""
+
+    model: nn.Module
+    units: list[Unit]
+    kept: list[KeptLayer]
+    order: list[str]
+    dtypes: dict[str, torch.dtype]
+    same_as: dict[str, str] = field(default_factory=dict)
+
+    def shards(self, limit: int) -> list[list[Unit]]:
+        """Cut the units, in order, into runs that write at most `limit` bytes, or one unit."""
+        runs: list[list[Unit]] = []
+        taken = 0
+        for unit in self.units:
+            if not runs or taken + unit.bytes > limit:
+                runs.append([])
+                taken = 0
+            runs[-1].append(unit)
+            taken += unit.bytes
+        return runs
+
+
+def empty_skeleton(folder: Path) -> tuple[nn.Module, torch.dtype | None]:
+    """Make the model of a folder on the meta device; also return the dtype that its configuration states."""
+    transformers = require_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load the configuration of {folder}: {first_line(error)}") from None
+    if getattr(config, "quantization_config", None):
+        raise AlreadyQuantizedError(f"{folder} is quantized, says its config.json; split first, then quantize")
+    with torch.device("meta"):
+        model: Any = empty_model(config, folder).eval()
+    model.tie_weights()
+    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    return model, dtype if isinstance(dtype, torch.dtype) else None
+
+
+def make_layout(source: Source, first: SplitQuantPass, packer: Packer) -> Layout:
+    """Decide what becomes of each tensor.
+
+    Raises InputError where checkpoint and model do not fit each other, ConfigError for what needs the model in
+    memory.
+    """
+    model, dtype = empty_skeleton(source.folder)
+    notes = first.plugins.prepare_model(model, first.config)
+    if notes:
+        raise ConfigError(f"streaming cannot prepare the model ({notes[0]}); {IN_MEMORY}")
+    selection = select_layers(model, first.config, first.plugins, packer.left(model))
+    chosen = {layer.name: layer.plan for layer in selection.split}
+    quantized = set(packer.quantized(model))
+    if not quantized:
+        raise InputError(f"there is no layer to quantize in {type(model).__name__}")
+    for layer in selection.split:
+        if layer.name not in quantized or layer.plan.weight is not layer.module.weight:
+            raise ConfigError(f"streaming cannot pack {layer.name}, a {layer.plan.kind}; exclude it, or {IN_MEMORY}")
+    parameters = _Parameters(model, source, dtype)
+    units: list[Unit] = []
+    same_as: dict[str, str] = {}
+    consumed: set[str] = set()
+    shared: dict[str, str] = {}
+    for module, names in occurrences(model):
+        if names[0] not in quantized:
+            continue
+        split = names[0] in chosen
+        # A whole layer's bias is a tensor like any other; a split one's becomes those of the parts.
+        roles = [role for role in module._parameters if module._parameters[role] is not None]
+        taken = roles if split else ["weight"]
+        sources = {role: parameters.source_of(_join(names[0], role)) for role in taken}
+        consumed.update(_join(name, role) for name in names for role in taken)
+        if split and shared.setdefault(sources["weight"], names[0]) != names[0]:
+            raise ConfigError(
+                f"{shared[sources['weight']]} and {names[0]} have one weight, which streaming cannot split; {IN_MEMORY}"
+            )
+        specs = {role: parameters.spec_of(name) for role, name in sources.items()}
+        outputs = _outputs(names[0], specs, packer, first.config.k if split else 0)
+        units.append(Unit(tuple(names), sources, outputs, "split" if split else "whole", chosen.get(names[0])))
+    for group in parameters.tied_groups(consumed):
+        origin = parameters.source_of(group[0])
+        units.append(Unit(tuple(group), {"": origin}, ((group[0], parameters.spec_of(origin)),), "copy"))
+        same_as.update(dict.fromkeys(group[1:], group[0]))
+    position = {name: number for number, name in enumerate(source.names)}
+    units.sort(key=lambda unit: position[unit.sources.get("weight", unit.sources.get("", ""))])
+    parameters.refuse_idle()
+    return Layout(model, units, selection.kept, [layer.name for layer in selection.split], parameters.dtypes, same_as)
+
+
+def _outputs(layer: str, specs: Mapping[str, TensorSpec], packer: Packer, k: int) -> tuple[tuple[str, TensorSpec], ...]:
+    """What a layer is saved as: in `k` parts, which is the most it can become, or whole where k is 0."""
+    weight = specs["weight"]
+    made = packer.spec(torch.Size(weight.shape), weight.dtype, part=k > 0)
+    if k == 0:
+        return tuple((_join(layer, key), spec) for key, spec in made.items())
+    made.update({role: spec for role, spec in specs.items() if role != "weight"})
+    parts = [_join(layer, part) for part in part_names(max(k, 2))]
+    return tuple((_join(part, key), spec) for part in parts for key, spec in made.items())
+
+
+class _Parameters:
+    """Which tensor of the checkpoint belongs to which name of the model's state, and in which dtype."""
+
+    def __init__(self, model: nn.Module, source: Source, dtype: torch.dtype | None) -> None:
+        self._source = source
+        self._model = model
+        state = model.state_dict(keep_vars=True)
+        # Tied tensors are one object on the meta device too.
+        self._groups: dict[int, list[str]] = {}
+        for name, tensor in state.items():
+            self._groups.setdefault(id(tensor), []).append(name)
+        self._sources: dict[str, str] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for group in self._groups.values():
+            found = self._find(group, state[group[0]])
+            self._sources.update(dict.fromkeys(group, found))
+            stored = source.spec(found).dtype
+            self.dtypes[found] = dtype if dtype is not None and stored.is_floating_point else stored
+
+    def source_of(self, name: str) -> str:
+        return self._sources[name]
+
+    def spec_of(self, source: str) -> TensorSpec:
+        return TensorSpec(self.dtypes[source], self._source.spec(source).shape)
+
+    def tied_groups(self, consumed: set[str]) -> list[list[str]]:
+        """Names that are copied, those of one tensor together."""
+        groups = ([name for name in group if name not in consumed] for group in self._groups.values())
+        return [group for group in groups if group]
+
+    def refuse_idle(self) -> None:
+        """Raise for a tensor of the checkpoint that the model has no place for, and does not know as obsolete."""
+        obsolete = getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        for name in self._source.names:
+            if name not in self._sources and not any(re.search(pattern, name) for pattern in obsolete):
+                raise InputError(
+                    f"{self._source.folder} has a tensor {name}, which {type(self._model).__name__} does not; "
+                    f"if transformers renames it while loading, {IN_MEMORY}"
+                )
+
+    def _find(self, group: Sequence[str], tensor: Tensor) -> str:
+        there = [name for name in group if name in self._source]
+        kind = type(self._model).__name__
+        if not there:
+            raise InputError(
+                f"{self._source.folder} has no tensor {group[0]}, which {kind} needs; "
+                f"if transformers renames or makes it while loading, {IN_MEMORY}"
+            )
+        for name in there:
+            spec = self._source.spec(name)
+            if spec.shape != tuple(tensor.shape):
+                raise InputError(
+                    f"{self._source.folder}: {name} is {list(spec.shape)}, and {list(tensor.shape)} in {kind}"
+                )
+            if spec.dtype.is_floating_point != tensor.is_floating_point():
+                raise InputError(f"{self._source.folder}: {name} is {spec.dtype}, and {tensor.dtype} in {kind}")
+            if name != there[0] and not self._source.same(there[0], name):
+                raise InputError(f"{self._source.folder}: {there[0]} and {name} are tied in {kind}, and differ here")
+        return there[0]
+
+
+def _join(owner: str, name: str) -> str:
+    return f"{owner}.{name}" if owner else name

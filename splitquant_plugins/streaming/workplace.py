@@ -1,0 +1,104 @@
+"""The half-done output, beside the place where it will appear: `NAME.partial`.
+
+It holds `plan.json`, which says what is being made of what; `done/`, a record for each shard; and `model/`, which
+becomes the output. A record is written before its shard appears, and a shard appears whole, so that a shard is
+done when both are there and the sizes agree.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from splitquant_plugins.errors import InputError
+from splitquant_plugins.files import read_json, write_json, write_text
+from splitquant_plugins.manifest import LayerRecord
+from splitquant_plugins.streaming.writer import sync_folder
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+class ShardRecord(BaseModel):
+    """What a finished shard holds: bytes of the file, bytes by tensor, stored bits, layers as in the manifest."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bytes: int
+    tensors: dict[str, int]
+    packed: list[str] = []
+    same_as: dict[str, str] = {}
+    layers: list[LayerRecord] = []
+    bits: int = 0
+    weights: int = 0
+    pack_seconds: float = 0.0
+
+
+class Workplace:
+    """A folder for one plan; see the module."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output.with_name(f"{output.name}.partial")
+        self.model = self.folder / "model"
+        self._done = self.folder / "done"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep another process from working here at the same time."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as lock:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise InputError(f"{self.folder} is being worked on by another process") from None
+            yield
+
+    def begin(self, plan: Mapping[str, Any]) -> None:
+        """Take up work on a plan of JSON values; InputError where another was begun here."""
+        path = self.folder / "plan.json"
+        if path.exists():
+            begun = read_json(path)
+            keys = [*plan, *begun] if isinstance(begun, dict) else list(plan)
+            different = [key for key in keys if not isinstance(begun, dict) or begun.get(key) != plan.get(key)]
+            if different:
+                raise InputError(
+                    f"{self.folder} is half done, and was begun with another {different[0]}: run the command as it was "
+                    "to finish it, or delete the folder to begin anew"
+                )
+        else:
+            write_json(path, dict(plan))
+        self.model.mkdir(exist_ok=True)
+        self._done.mkdir(exist_ok=True)
+        for leftover in self.model.glob(".*.partial"):
+            leftover.unlink()
+
+    def record_of(self, file: str) -> ShardRecord | None:
+        """Return the record of a shard if it is done."""
+        path = self._done / f"{file}.json"
+        try:
+            record = ShardRecord.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+        shard = self.model / file
+        return record if shard.is_file() and shard.stat().st_size == record.bytes else None
+
+    def write_record(self, file: str, record: ShardRecord) -> None:
+        """Write the record of a shard that is about to appear."""
+        write_text(self._done / f"{file}.json", record.model_dump_json())
+
+    def publish(self) -> None:
+        """Move the finished model to its place, and clear the rest away."""
+        self.model.chmod(0o755)
+        sync_folder(self.model)
+        self.model.replace(self.output)
+        sync_folder(self.output.parent)
+        shutil.rmtree(self.folder, ignore_errors=True)

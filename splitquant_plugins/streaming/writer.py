@@ -1,0 +1,91 @@
+"""A safetensors file written tensor by tensor, whose number of tensors is known only at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from splitquant_plugins.streaming.headers import ALIGNMENT, TensorSpec, header_bytes
+
+
+class ShardWriter:
+    """Writes to a temporary name; `finish` puts the header before the data, flushes the file and renames it.
+
+    Room for a header of `header` bytes is left at the start. Tensors that would spoil the alignment of those
+    behind them are kept back, and come last: the format allows no gaps. Left without `finish`, the temporary
+    file is removed.
+    """
+
+    def __init__(self, path: Path, header: int) -> None:
+        self.path = path
+        self._header = header
+        self._temporary = path.with_name(f".{path.name}.partial")
+        self._file = self._temporary.open("wb")
+        self._file.seek(header)
+        self._placed: dict[str, tuple[TensorSpec, int]] = {}
+        self._end = 0
+        self._last: dict[str, Tensor] = {}
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._file.closed:
+            with suppress(OSError):
+                self._file.close()  # flushes, which fails again on a full disk
+            self._temporary.unlink(missing_ok=True)
+
+    def add(self, name: str, spec: TensorSpec, blocks: Iterable[Tensor]) -> None:
+        """Append a tensor that comes in consecutive blocks."""
+        if spec.bytes % ALIGNMENT:
+            self._last[name] = torch.cat([block.reshape(-1) for block in blocks]).reshape(spec.shape)
+        else:
+            self._append(name, spec, blocks)
+
+    def finish(self) -> int:
+        """Make the file appear under its name, whole; return its size."""
+        for name, tensor in sorted(self._last.items(), key=lambda item: -item[1].dtype.itemsize):
+            self._append(name, TensorSpec(tensor.dtype, tuple(tensor.shape)), [tensor])
+        size = self._header + self._end
+        self._file.seek(0)
+        self._file.write(header_bytes(self._placed, self._header))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return size
+
+    def publish(self) -> None:
+        """Rename the finished file into place."""
+        self._temporary.replace(self.path)
+        sync_folder(self.path.parent)
+
+    def _append(self, name: str, spec: TensorSpec, blocks: Iterable[Tensor]) -> None:
+        written = 0
+        for block in blocks:
+            raw = block.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            self._file.write(raw.data)
+            written += raw.size
+        if written != spec.bytes:
+            raise ValueError(f"{name}: {written} bytes were written of {spec.bytes}")
+        self._placed[name] = (spec, self._end)
+        self._end += written
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power cut, where the system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows cannot open a folder
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,98 @@
+"""Small sharded checkpoints, and both ways to quantize them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("optimum.quanto")
+
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+}
+BERT = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 99,
+    "num_labels": 3,
+}
+
+
+def make_llama(dtype: torch.dtype = torch.bfloat16, **options: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**{**LLAMA, "tie_word_embeddings": True, **options})).to(dtype)
+
+
+def make_bert(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(BertConfig(**{**BERT, **options})).to(dtype)
+
+
+def make_masked(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A model whose head shares the embedding's weight, and its own bias with its parent."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    return BertForMaskedLM(BertConfig(**{**BERT, **options})).to(dtype)
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> SimpleNamespace:
+    """The makers of models, and `save`, which writes one as a sharded checkpoint and returns the folder."""
+
+    def save(model: Any, name: str = "float", size: str = "40KB") -> Path:
+        folder = tmp_path / name
+        model.save_pretrained(folder, max_shard_size=size)
+        assert (folder / "model.safetensors.index.json").exists()
+        return folder
+
+    return SimpleNamespace(llama=make_llama, bert=make_bert, masked=make_masked, save=save)
+
+
+@pytest.fixture
+def stream(plugins: Any, tmp_path: Path) -> Callable[..., Any]:
+    """Stream a checkpoint with quanto; options are those of the pass and of `stream_model`."""
+    from splitquant_plugins import SplitQuantPass
+    from splitquant_plugins.backends import WeightRequest
+    from splitquant_plugins.streaming.run import stream_model
+
+    def run(
+        folder: Path, name: str = "streamed", weights: str = "int4", shard_bytes: int = 20_000, **options: Any
+    ) -> Any:
+        backend = plugins.backend("quanto")
+        form = backend.resolve(WeightRequest(weights))
+        own = {key: options.pop(key) for key in ("working_bytes", "extras") if key in options}
+        first = SplitQuantPass(plugins=plugins, **options)
+        return stream_model(folder, tmp_path / name, first, backend.packer(form), form, shard_bytes=shard_bytes, **own)
+
+    return run
+
+
+@pytest.fixture
+def read_all() -> Callable[[Path], dict[str, torch.Tensor]]:
+    """Read every safetensors file of a folder with the library."""
+    from safetensors.torch import load_file
+
+    def read(folder: Path) -> dict[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = {}
+        for path in folder.glob("*.safetensors"):
+            found = load_file(path)
+            assert not found.keys() & state.keys()
+            state.update(found)
+        return state
+
+    return read

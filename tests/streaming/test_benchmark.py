@@ -1,0 +1,19 @@
+"""A smoke run of the checkpoint benchmark; nothing asserts a time."""
+
+import sys
+
+import pytest
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the benchmark limits memory as Linux does")
+def test_checkpoint(python_path, monkeypatch, tmp_path):
+    import checkpoint
+
+    for name, value in python_path().items():
+        monkeypatch.setenv(name, value)
+    (row,) = checkpoint.run(smoke=True, folder=tmp_path)
+    assert row["way"] == "streamed"
+    assert row["limit, MiB"] == 2048
+    assert 0 < row["peak RSS, MiB"] < 2048
+    assert row["written, GB"] > 0
+    assert not list(tmp_path.iterdir())
