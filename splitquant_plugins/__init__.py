@@ -16,6 +16,7 @@ from splitquant_plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from splitquant_plugins.config import SplitConfig
+    from splitquant_plugins.decoupleq_pass import DecoupleQPass
     from splitquant_plugins.errors import SplitQuantError
     from splitquant_plugins.fusion import fuse, unfuse
     from splitquant_plugins.grid import Grid, UniformGrid
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from splitquant_plugins.splitters.base import Splitter, SplitterOptions
 
 _HOME = {
+    "DecoupleQPass": "decoupleq_pass",
     "Grid": "grid",
     "LayerPlan": "plan",
     "Manifest": "manifest",
@@ -43,6 +45,7 @@ _HOME = {
 }
 
 __all__ = [
+    "DecoupleQPass",
     "Grid",
     "LayerPlan",
     "Manifest",

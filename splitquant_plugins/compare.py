@@ -4,37 +4,59 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
 from torch import Tensor, nn
 
-from splitquant_plugins.backends import Backend, WeightFormat, WeightRequest
+from splitquant_plugins.backends import ROUND_TO_NEAREST, Backend, WeightFormat, WeightRequest
 from splitquant_plugins.data import LabelledTexts, load_texts, load_unlabelled
+from splitquant_plugins.decoupleq_pass import DecoupleQPass
+from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.evaluate import accuracy, logits_of, max_length_of, measure, run_of, tokenize
+from splitquant_plugins.memory import PeakMemory
 from splitquant_plugins.plugins import Plugins
 from splitquant_plugins.split_pass import ModelPass, SplitQuantPass
 from splitquant_plugins.transformers_models import load_classifier, load_tokenizer, max_length_of_config
 
 UNSPLIT = "none"
+DECOUPLEQ = "decoupleq"
 CALIBRATION_TEXTS = 256
 
 
 @dataclass(frozen=True)
 class Run:
-    """One way to quantize: a backend, a weight format, and the pass in front, if any."""
+    """One way to quantize: a backend, a weight format, how to split, if at all, and how to choose the values.
+
+    `solver`: the pass that chooses the values, where the backend's own method does not. `calibration`: batches for
+    that method.
+    """
 
     backend: Backend
     format: WeightFormat
     split: str
     seed: int
-    first: SplitQuantPass | None
+    splitter: SplitQuantPass | None
+    solver: DecoupleQPass | None = None
+    calibration: Sequence[dict[str, Tensor]] | None = field(default=None, repr=False)
+
+    @property
+    def values(self) -> str:
+        """How the values are chosen."""
+        return self.format.method if self.solver is None else DECOUPLEQ
+
+    @property
+    def first(self) -> ModelPass | None:
+        """The pass in front of the backend, if any."""
+        if self.splitter is None or self.solver is None:
+            return self.splitter or self.solver
+        return self.splitter + self.solver
 
     @property
     def title(self) -> str:
         """What a progress bar shows."""
-        return f"{self.backend.name} {self.format.weights} {self.split}"
+        return f"{self.backend.name} {self.format.weights} {self.split} {self.values}"
 
 
 @dataclass(frozen=True)
@@ -55,23 +77,43 @@ def plan_runs(
     splits: Sequence[str],
     seeds: Sequence[int] = (0,),
     options: dict[str, Any] | None = None,
+    values: Sequence[str] = (ROUND_TO_NEAREST,),
+    calibration: Sequence[dict[str, Tensor]] | None = None,
 ) -> list[Run]:
     """Check every choice before anything is loaded, and return the runs in the order of the table.
 
-    `options` are those of SplitQuantPass. An unsplit run does not depend on the seed and is made once.
+    `options` are those of SplitQuantPass. `values` are methods of the backends, or decoupleq; those that need
+    `calibration` batches are an error without. An unsplit run does not depend on the seed and is made once.
     """
     options = options or {}
     chosen = [plugins.backend(name) for name in backends]
     for backend in chosen:
         backend.require()
-    formats = [(backend, backend.resolve(request)) for backend in chosen for request in requests]
+    solver = DecoupleQPass(calibration=calibration, plugins=plugins) if DECOUPLEQ in values else None
+    formats = []
+    for backend, request, method in product(chosen, requests, values):
+        own = ROUND_TO_NEAREST if method == DECOUPLEQ else method
+        if own in backend.calibrated and calibration is None:
+            raise ConfigError(f"values {own!r} of backend {backend.name} need calibration data")
+        form = backend.resolve(replace(request, method=own))
+        batches = calibration if own in backend.calibrated else None
+        formats.append((backend, form, solver if method == DECOUPLEQ else None, batches))
+    using = {split for split in splits if split != UNSPLIT and plugins.splitter(split).uses_calibration}
+    if calibration is not None and not using and solver is None and all(batches is None for *_, batches in formats):
+        raise ConfigError("calibration: no splitter and no values chosen here make use of it; leave it out")
     passes: list[tuple[str, int, SplitQuantPass | None]] = []
     for split, seed in product(splits, seeds):
         if split != UNSPLIT:
-            passes.append((split, seed, SplitQuantPass(splitter=split, seed=seed, plugins=plugins, **options)))
+            own_options = dict(options)
+            if calibration is not None and split in using:
+                own_options["calibration"] = calibration
+            passes.append((split, seed, SplitQuantPass(splitter=split, seed=seed, plugins=plugins, **own_options)))
         elif seed == seeds[0]:
             passes.append((split, seed, None))
-    return [Run(backend, form, *one) for (backend, form), one in product(formats, passes)]
+    return [
+        Run(backend, form, *one, chooser, batches)
+        for (backend, form, chooser, batches), one in product(formats, passes)
+    ]
 
 
 def calibration_batches(model: str, source: str, limit: int = CALIBRATION_TEXTS) -> list[dict[str, Tensor]]:
@@ -88,9 +130,9 @@ def equal_storage_runs(plugins: Plugins, runs: Sequence[Run]) -> list[Run]:
     backend = plugins.backend("simulated")
     found: dict[WeightFormat, Run] = {}
     for run in runs:
-        if run.first is not None and run.first.config.budget is None:
-            bits = min(8, run.first.config.k * run.format.bits)
-            form = replace(run.format, weights=f"int{bits}", bits=bits)
+        if run.splitter is not None and run.splitter.config.budget is None:
+            bits = min(8, run.splitter.config.k * run.format.bits)
+            form = replace(run.format, weights=f"int{bits}", bits=bits, method=ROUND_TO_NEAREST)
             found.setdefault(form, Run(backend, form, UNSPLIT, run.seed, None))
     return list(found.values())
 
@@ -98,7 +140,8 @@ def equal_storage_runs(plugins: Plugins, runs: Sequence[Run]) -> list[Run]:
 def load_subject(model: str, data: str, limit: int | None = None) -> Subject:
     """Load a classifier and data for it, and run the one over the other."""
     loaded, tokenizer = load_classifier(model)
-    labels = {str(name): int(number) for number, name in loaded.config.id2label.items()}
+    config: Any = loaded.config
+    labels = {str(name): int(number) for number, name in config.id2label.items()}
     texts = load_texts(data, labels, limit)
     batches = tokenize(tokenizer, texts.texts, max_length_of(loaded))
     return Subject(model, loaded, texts, batches, logits_of(run_of(loaded), batches))
@@ -115,8 +158,9 @@ def compare(
 
 def row_of(subject: Subject, run: Run) -> dict[str, Any]:
     """Quantize a copy of the subject and measure it."""
-    first: ModelPass | None = run.first
-    quantized = run.backend.quantize(copy.deepcopy(subject.model), run.format, first, subject.batches)
+    model = copy.deepcopy(subject.model)
+    with PeakMemory() as memory:
+        quantized = run.backend.quantize(model, run.format, run.first, run.calibration or subject.batches)
     logits = logits_of(quantized.run, subject.batches)
     measures = measure(quantized, subject.model, subject.logits, logits, subject.data.labels)
     return {
@@ -129,19 +173,23 @@ def row_of(subject: Subject, run: Run) -> dict[str, Any]:
         "group_size": run.format.group_size,
         "scheme": run.format.scheme,
         "split": run.split,
-        "k": _parts(run.first),
-        "budget": run.first.config.budget if run.first else None,
+        "values": run.values,
+        "k": _parts(run.splitter),
+        "budget": run.splitter.config.budget if run.splitter else None,
         "fp32_accuracy": accuracy(subject.logits, subject.data.labels),
         **asdict(measures),
         "split_seconds": quantized.split_seconds,
         "quantize_seconds": quantized.quantize_seconds,
+        "seconds": quantized.split_seconds + quantized.quantize_seconds,
+        "peak_mb": memory.megabytes,
         "layers_split": len(quantized.manifest.split) if quantized.manifest else 0,
+        "layers_solved": len(quantized.manifest.solved) if quantized.manifest else 0,
         "seed": run.seed,
     }
 
 
-def _parts(first: SplitQuantPass | None) -> int | None:
+def _parts(splitter: SplitQuantPass | None) -> int | None:
     """Parts per layer; None where a budget chooses them."""
-    if first is None:
+    if splitter is None:
         return 1
-    return first.config.k if first.config.budget is None else None
+    return splitter.config.k if splitter.config.budget is None else None

@@ -22,12 +22,35 @@ FILE_NAME = "splitquant_manifest.json"
 ATTRIBUTE = "splitquant_manifest"
 
 
+class ValuesRecord(BaseModel):
+    """What DecoupleQPass did to the values of a layer: `solved` them, or kept plain rounding for `reason`.
+
+    `error_before` and `error_after` are the mean square error that the rounded weight causes in the layer's
+    outputs, summed over the outputs, for plain rounding and for the solution. `rounds` is the number of steps of
+    the solver, `samples` the number of inputs seen. `plain_rows` counts output channels that keep plain rounding.
+    `joint` tells that the parts of a split layer were solved together, and no longer sum to the float weight.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    action: Literal["solved", "kept"]
+    reason: str | None = None
+    grid: str = ""
+    error_before: float = 0.0
+    error_after: float = 0.0
+    rounds: int = 0
+    samples: int = 0
+    plain_rows: int = 0
+    joint: bool = False
+    seconds: float = 0.0
+
+
 class LayerRecord(BaseModel):
     """One layer: split into `parts`, or left whole for `reason`.
 
     `shape` is the weight's with output channels first. `bias_parts` names the parts that hold a bias.
     `also_known_as` are further names that a shared module is reached by; `shared_with` names the layer whose
-    parts this one shares because their weights were tied.
+    parts this one shares because their weights were tied. `values` is there where DecoupleQPass ran.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -46,10 +69,14 @@ class LayerRecord(BaseModel):
     parts: tuple[str, ...] = ()
     bias_parts: tuple[str, ...] = ()
     seconds: float = 0.0
+    values: ValuesRecord | None = None
 
 
 class Manifest(BaseModel):
-    """What a pass did to a model. Saved as JSON beside the weights."""
+    """What the passes did to a model. Saved as JSON beside the weights.
+
+    `values` are the options of DecoupleQPass, where it ran.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -59,6 +86,7 @@ class Manifest(BaseModel):
     splitter_options: dict[str, object] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
     layers: list[LayerRecord] = Field(default_factory=list)
+    values: dict[str, object] | None = None
     seconds: float = 0.0
 
     @property
@@ -70,6 +98,11 @@ class Manifest(BaseModel):
     def kept(self) -> list[LayerRecord]:
         """The layers that were left whole, each with a reason."""
         return [record for record in self.layers if record.action == "kept"]
+
+    @property
+    def solved(self) -> list[LayerRecord]:
+        """The layers whose values DecoupleQPass solved."""
+        return [record for record in self.layers if record.values is not None and record.values.action == "solved"]
 
     def save(self, folder: Path) -> Path:
         """Write the manifest into a folder, at once or not at all."""

@@ -34,6 +34,11 @@ def two_decimals(value: float) -> str:
     return f"{value:.2f}"
 
 
+def whole(value: float | None) -> str:
+    """A number without decimals; nothing for None."""
+    return "" if value is None else f"{value:.0f}"
+
+
 def text(value: object) -> str:
     """A value as it prints; nothing for None."""
     return "" if value is None else str(value)
@@ -46,6 +51,7 @@ COMPARE_COLUMNS: tuple[Column, ...] = (
     ("scheme", "scheme", text),
     ("split", "split", text),
     ("k", "k", text),
+    ("values", "values", text),
     ("accuracy", "accuracy", percent),
     ("agreement", "agreement", percent),
     ("logit_sqnr_db", "logit dB", decibel),
@@ -55,6 +61,7 @@ COMPARE_COLUMNS: tuple[Column, ...] = (
     ("model_bytes", "model kB", kilobytes),
     ("split_seconds", "split s", two_decimals),
     ("quantize_seconds", "quantize s", two_decimals),
+    ("peak_mb", "peak MB", whole),
 )
 
 

@@ -30,3 +30,14 @@ def test_latency() -> None:
     rows = latency.run(smoke=True)
     assert len(rows) == 6
     assert all(row["ms"] > 0 for row in rows)
+
+
+def test_causal_lm() -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("neural_compressor.torch")
+    import causal_lm
+
+    rows = {row["values"]: row for row in causal_lm.run(smoke=True)}
+    assert {"FP32", "RTN", "HQQ", "GPTQ", "decoupleQ"} <= rows.keys()
+    assert rows["decoupleQ"]["layers"] == rows["RTN"]["layers"] == 14
+    assert rows["decoupleQ"]["bits/weight"] == rows["RTN"]["bits/weight"]

@@ -25,6 +25,13 @@ from splitquant_plugins.cli.options import (
 @click.option(
     "--split", "splits", type=CommaList(), default="none,kmeans", show_default=True, help="Splitters, or none."
 )
+@click.option(
+    "--values",
+    type=CommaList(),
+    default="rtn",
+    show_default=True,
+    help="How values are chosen: rtn (nearest), decoupleq, or hqq and gptq where the backend has them.",
+)
 @click.option("--seed", "seeds", type=CommaList(int), default="0", show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), help="Use the first rows of the data only.")
 @click.option("--equal-storage", is_flag=True, help="Add plain rows that store as many bits as the split ones.")
@@ -37,6 +44,7 @@ def compare(
     backends: list[str],
     weights: list[str],
     splits: list[str],
+    values: list[str],
     seeds: list[int],
     limit: int | None,
     equal_storage: bool,
@@ -65,13 +73,12 @@ def compare(
     quiet_libraries()
     requests = [WeightRequest(width, granularity, group_size, scheme) for width in weights]
     options = pass_options(k, budget, jobs, extra)
-    if calibration is not None:
-        options["calibration"] = comparison.calibration_batches(model, calibration)
+    batches = None if calibration is None else comparison.calibration_batches(model, calibration)
     plugins = Plugins.load()
-    runs = comparison.plan_runs(plugins, backends, requests, splits, seeds, options)
+    runs = comparison.plan_runs(plugins, backends, requests, splits, seeds, options, values, batches)
     if equal_storage:
         runs += comparison.equal_storage_runs(plugins, runs)
-    rows = []
+    rows: list[dict[str, Any]] = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

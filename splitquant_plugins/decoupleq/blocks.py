@@ -7,7 +7,7 @@ labels are used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,7 +219,7 @@ def _train(
 ) -> BlockReport:
     for parameter in block.parameters():
         parameter.requires_grad_(False)
-    others = list(_other_parameters(block, layers, options))
+    others = list(other_parameters(block, layers, options))
     groups: list[dict[str, Any]] = []
     for layer in layers.values():
         floats = list(layer.parameters())
@@ -260,9 +260,8 @@ def _train(
     return BlockReport(before, best_error, tuple(trace))
 
 
-def _other_parameters(
-    block: nn.Module, layers: Mapping[str, QuantizedAffine], options: BlockOptions
-) -> Iterator[nn.Parameter]:
+def other_parameters(block: nn.Module, layers: Iterable[str], options: BlockOptions) -> Iterator[nn.Parameter]:
+    """The parameters besides the weights of `layers` that `tune_block` trains."""
     if options.trains_biases:
         for name in layers:
             bias = block.get_submodule(name).bias

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from splitquant_plugins.errors import ConfigError, InputError
 _MOST_SUMS = 4096
 _ALL = slice(None)
 
-_Place = Callable[[Tensor, Rows, TableLevels], Tensor]
+_Place = Callable[[Tensor, Rows, TableLevels, int, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,16 @@ def solve_parts(
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     with torch.no_grad():
-        return _solve(_Parts(problem, grid, k, options.sweeps), options)
+        return _solve(Parts(problem, grid, k, options.sweeps), options)
 
 
-class _Parts:
+def most_parts(grid: ValueGrid) -> int:
+    """How many parts of these codes form few enough sums to be solved together."""
+    low, high = grid.code_range
+    return next(k for k in range(16, 0, -1) if (high - low + 1) ** k <= _MOST_SUMS)
+
+
+class Parts:
     """The `alternation.Steps` of k parts: codes [k, out, d], scales and zeros [rows, k * cells]."""
 
     def __init__(self, problem: Sequence[Rows], grid: ValueGrid, k: int, sweeps: int) -> None:
@@ -123,10 +130,10 @@ class _Parts:
         return Affine(torch.cat(scales, dim=1), torch.cat(zeros, dim=1))
 
     def nearest(self, affine: Affine) -> State:
-        return self._from_places(affine, lambda target, _rows, levels: levels.nearest(target, _ALL))
+        return self._from_places(affine, lambda target, _rows, levels, *_: levels.nearest(target, _ALL))
 
     def rounded(self, affine: Affine) -> State:
-        def place(target: Tensor, rows: Rows, levels: TableLevels) -> Tensor:
+        def place(target: Tensor, rows: Rows, levels: TableLevels, *_: Any) -> Tensor:
             found = feedback_codes(target, rows.moment, levels)
             return descend(target, rows.moment, found, levels, self.sweeps)
 
@@ -135,6 +142,21 @@ class _Parts:
     def refitted(self, state: State) -> State:
         return self.state(state.codes, fit_affine(self.problem, state.codes, self.grid, state.affine))
 
+    def descended(self, state: State, frozen: Tensor) -> State:
+        """Coordinate descent from a state; places where the mask `frozen` [out, d] is true keep their codes."""
+        low, high = self.grid.code_range
+        weights = torch.tensor([(high - low + 1) ** (self.k - 1 - part) for part in range(self.k)])
+        index = torch.einsum("krd,k->rd", state.codes - low, weights.to(state.codes)).long()
+
+        def place(target: Tensor, rows: Rows, levels: TableLevels, start: int, own: Tensor) -> Tensor:
+            end = start + len(rows.weight)
+            inverse = own.argsort(dim=2)  # the place of every combination
+            row = torch.arange(end - start, device=index.device)[:, None]
+            places = inverse[self.cells[None, :], row, index[start:end]].T.to(target)
+            return descend(target, rows.moment, places, levels, self.sweeps, frozen[start:end].T)
+
+        return self._from_places(state.affine, place)
+
     def _from_places(self, affine: Affine, place: _Place) -> State:
         """Codes from places in the sorted table of sums."""
         sums, order = self._table(affine)
@@ -142,10 +164,10 @@ class _Parts:
         start = 0
         for rows in self.problem:
             part = _ALL if self.shared else slice(start, start + len(rows.weight))
-            start += len(rows.weight)
             levels = TableLevels(sums[:, part], self.cells)
-            places = place(rows.weight.T.contiguous(), rows, levels).T.long()
-            own = order[:, part].expand(-1, len(places), -1)
+            own = order[:, part].expand(-1, len(rows.weight), -1)
+            places = place(rows.weight.T.contiguous(), rows, levels, start, own).T.long()
+            start += len(rows.weight)
             # own[cell of the column, row, place]: which combination of codes the place stands for.
             row_index = torch.arange(len(places), device=places.device)[:, None]
             chosen = own[self.cells[None, :], row_index, places]
@@ -161,7 +183,7 @@ class _Parts:
         return ordered.values, ordered.indices
 
 
-def _solve(parts: _Parts, options: SolveOptions) -> JointSolution:
+def _solve(parts: Parts, options: SolveOptions) -> JointSolution:
     best, trace = alternate(parts, options)
     stored = tuple(
         QuantizedWeight.stored(best.codes[part], parts.affine_of(best.affine, part), parts.grid)

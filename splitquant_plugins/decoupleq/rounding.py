@@ -118,11 +118,13 @@ def _unit_upper_factor(moment: Tensor) -> Tensor:
     return upper / upper.diagonal()
 
 
-def descend(target: Tensor, moment: Tensor, codes: Tensor, levels: Levels, sweeps: int) -> Tensor:
+def descend(
+    target: Tensor, moment: Tensor, codes: Tensor, levels: Levels, sweeps: int, frozen: Tensor | None = None
+) -> Tensor:
     """Coordinate descent: set each code in turn to the best one given all others; never worse.
 
-    Ends early when a sweep changes nothing. Beyond the paper: it repairs what one pass of rounding in a
-    fixed order cannot see.
+    Codes where the mask `frozen` [d, rows] is true stay. Ends early when a sweep changes nothing. Beyond the
+    paper: it repairs what one pass of rounding in a fixed order cannot see.
     """
     everywhere = slice(None)
     codes = codes.clone()
@@ -134,12 +136,16 @@ def descend(target: Tensor, moment: Tensor, codes: Tensor, levels: Levels, sweep
             block = slice(start, start + _BLOCK)
             gradient = moment[block] @ error
             best = target[block] + error[block] - gradient / diagonal[block]
-            candidates = (levels.nearest(best, block) != codes[block]).any(dim=1).nonzero().flatten().tolist()
+            changes = levels.nearest(best, block) != codes[block]
+            if frozen is not None:
+                changes &= ~frozen[block]
+            candidates = changes.any(dim=1).nonzero().flatten().tolist()
             # Columns that only a change in this block makes worth changing wait for the next sweep.
             for inside in candidates:
                 column = start + inside
                 best_of_column = target[column] + error[column] - gradient[inside] / diagonal[column]
-                codes[column] = levels.nearest(best_of_column, column)
+                chosen = levels.nearest(best_of_column, column)
+                codes[column] = chosen if frozen is None else torch.where(frozen[column], codes[column], chosen)
                 step = levels.values(codes[column], column) - target[column] - error[column]
                 error[column] += step
                 gradient += moment[block, column, None] * step

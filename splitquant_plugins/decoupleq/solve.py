@@ -134,13 +134,19 @@ class _Layer:
         return self.state(state.codes, affine)
 
 
-def _solve(problem: Sequence[Rows], grid: ValueGrid, options: SolveOptions) -> Solution:
+def best_state(problem: Sequence[Rows], grid: ValueGrid, options: SolveOptions) -> tuple[State, list[float]]:
+    """The best codes, scales and zeros found, in float64, and the error after every step."""
     layer = _Layer(problem, grid, options)
     best, trace = alternate(layer, options)
     if layer.weight.shape[1] <= options.search_inputs and grid.granularity == "row":
         codes = searched_codes(problem, best.codes, grid, options.seed)
         best = best.or_better(layer.refitted(layer.state(codes, best.affine)), shared=False)
         trace.append(best.total)
+    return best, trace
+
+
+def _solve(problem: Sequence[Rows], grid: ValueGrid, options: SolveOptions) -> Solution:
+    best, trace = best_state(problem, grid, options)
     stored = QuantizedWeight.stored(best.codes, best.affine, grid)
     after = float(problem_errors(problem, stored.dequantize().double()).sum())
     return Solution(stored.codes, stored.scale, stored.zero, grid, trace[0], after, tuple(trace))

@@ -1,0 +1,57 @@
+"""Finished stages on disk, so that a run that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splitquant_plugins.checkpoint import read_tensors, write_tensors
+from splitquant_plugins.errors import InputError
+from splitquant_plugins.files import read_json, write_json
+
+
+def fingerprint(description: Mapping[str, Any], tensors: Iterable[Tensor]) -> str:
+    """Return a hash of options and of the bytes of tensors."""
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True, default=repr).encode())
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Finished:
+    """The stages that a run with this fingerprint has finished; none are kept where `folder` is None."""
+
+    def __init__(self, folder: str | Path | None, mark: str) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.mark = mark
+
+    def load(self, number: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return tensors and records of a stage, or None; InputError where they are of another run."""
+        if self.folder is None or not self._path(number, "json").is_file():
+            return None
+        content = read_json(self._path(number, "json"))
+        if not isinstance(content, dict) or content.get("fingerprint") != self.mark:
+            raise InputError(
+                f"{self.folder} holds blocks that were solved with other options, weights or calibration data; choose "
+                "another resume_dir, or delete it"
+            )
+        return read_tensors(self._path(number, "safetensors")), content["records"]
+
+    def save(self, number: int, tensors: Mapping[str, Tensor], records: Mapping[str, Any]) -> None:
+        """Keep a stage; the JSON file is written last, and makes it count."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(self._path(number, "safetensors"), {key: value.contiguous() for key, value in tensors.items()})
+        write_json(self._path(number, "json"), {"fingerprint": self.mark, "records": dict(records)})
+
+    def _path(self, number: int, extension: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"block_{number:04d}.{extension}"
