@@ -81,6 +81,8 @@ class IncBackend(Backend):
         recipe = _recipe(chosen, model)
         started = time.perf_counter()
         model = prepare(model, recipe if first is None else first + recipe)
+        if not getattr(model, "is_prepared", False):
+            raise InputError(_nothing(model))
         if chosen.method in self.calibrated:
             with torch.no_grad():
                 for batch in batches:
@@ -89,7 +91,7 @@ class IncBackend(Backend):
         seconds = time.perf_counter() - started
         layers = stored_layers(model, transposed)
         if not layers:
-            raise InputError(f"INC quantized no layer of this {type(model).__name__}; it takes Linear layers")
+            raise InputError(_nothing(model))
         manifest = getattr(model, ATTRIBUTE, None)
         split_seconds = manifest.seconds if manifest is not None else 0.0
 
@@ -119,6 +121,10 @@ class IncBackend(Backend):
         from splitquant_inc.storage import load
 
         return load(folder)
+
+
+def _nothing(model: nn.Module) -> str:
+    return f"INC quantized no layer of this {type(model).__name__}; it takes Linear layers"
 
 
 def _recipe(chosen: WeightFormat, model: nn.Module) -> Any:
