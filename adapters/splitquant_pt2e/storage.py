@@ -39,8 +39,9 @@ def save(model: GraphModule, folder: str | Path) -> None:
     state, same_as = untied_state({target: tensor_of(model, node) for node, target in _readers(model, targets)})
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS_FILE, state)
-    write_json(folder / GRAPH_FILE, {**described, "same_as": same_as})
     manifest = model.meta.get(ATTRIBUTE)
+    has_manifest = isinstance(manifest, Manifest)
+    write_json(folder / GRAPH_FILE, {**described, "same_as": same_as, "has_manifest": has_manifest})
     if isinstance(manifest, Manifest):
         manifest.save(folder)
     else:
@@ -62,7 +63,8 @@ def load(folder: str | Path) -> GraphModule:
     described = read_json(path)
     if not isinstance(described, dict) or "nodes" not in described:
         raise InputError(f"{path} is damaged: it holds no graph")
-    manifest = Manifest.load(folder) if (folder / FILE_NAME).is_file() else None
+    has_manifest = described.get("has_manifest") or (folder / FILE_NAME).is_file()
+    manifest = Manifest.load(folder) if has_manifest else None
     state = read_tensors(folder / WEIGHTS_FILE)
     for name, source in dict(described.get("same_as", {})).items():
         if source not in state:

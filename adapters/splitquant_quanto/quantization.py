@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, cast
 
+import torch
 from optimum.quanto import HqqOptimizer, QTensor, freeze, quantize
 from optimum.quanto.nn import QModuleMixin
 from torch import nn
@@ -53,7 +54,8 @@ def quantize_after(
     if not names:
         raise InputError(f"quanto finds no layer to quantize in {type(model).__name__}")
     quantize(model, weights=f"q{weights}", include=names, optimizer=HqqOptimizer() if method == "hqq" else None)
-    freeze(model)
+    with torch.no_grad():  # quanto's HQQ turns parameters into numbers, which torch warns about
+        freeze(model)
     missed = [name for name in names if not isinstance(getattr(model.get_submodule(name), "weight", None), QTensor)]
     if missed:
         raise InputError(f"quanto did not quantize {len(missed)} of {len(names)} layers, {missed[0]} among them")
