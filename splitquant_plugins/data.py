@@ -67,7 +67,7 @@ def load_unlabelled(source: str, limit: int) -> list[str]:
 
 def _csv_rows(path: Path, *, need_label: bool = True) -> Iterable[tuple[str, str]]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             missing = {"text", *(["label"] if need_label else [])} - set(reader.fieldnames or ())
             if missing:

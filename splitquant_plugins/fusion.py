@@ -19,7 +19,8 @@ def fuse(model: nn.Module, mode: Fusion = "materialised") -> nn.Module:
 
     `materialised` keeps the sum in memory, in full precision beside the parts: fastest. `rebuilt` makes it
     anew at each call: no memory, less speed. The parts stay what they are, are saved as before, and the sum
-    never is; `unfuse` takes it back. Outputs are the same within rounding. For inference only.
+    never is; `unfuse` takes it back. Outputs are the same within rounding. For inference only: a part
+    that is changed in place afterwards is not seen; fuse again.
 
     Raises ConfigError for an unknown mode, InputError for a model that has no split layer, is in training
     mode, or quantizes the parts' activations, which a single product would skip.

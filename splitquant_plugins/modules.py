@@ -74,7 +74,7 @@ class SplitModule(nn.Module):
         # Plugins are code, and are not pickled: where the model is loaded, the installed ones are asked.
         told = None if self._part_replaced is None else _tell_installed_plugins
         # What fusing materialised is rebuilt, and never saved.
-        buffers = dict.fromkeys(self._buffers)
+        buffers = {**self._buffers, "fused_weight": None, "fused_bias": None}
         return {**self.__dict__, "_part_replaced": told, "_buffers": buffers}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SplitModule:
@@ -103,7 +103,7 @@ class SplitModule(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Sum what the parts make of the input; where the layer is fused, use the sum of their weights."""
         if self.fusion is not None:
-            return self._dense_forward(input, *self._fused_tensors())
+            return self._dense_forward(input, *self._fused_tensors(input.dtype))
         first, *rest = self.parts()
         output = first(input)
         for part in rest:
@@ -114,11 +114,12 @@ class SplitModule(nn.Module):
         """Apply the layer with a single weight, laid out as the parts' weights are."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to run fused; give it _dense_forward")
 
-    def _fused_tensors(self) -> tuple[Tensor, Tensor | None]:
-        if self.fusion == "materialised" and self.fused_weight is not None:
+    def _fused_tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        if self.fusion == "materialised" and self.fused_weight is not None and self.fused_weight.dtype == dtype:
             return self.fused_weight, self.fused_bias
-        weight = sum_parts([dense_weight(part) for part in self.parts()])
-        bias = self.bias
+        # Backends that keep half-precision scales dequantize to half precision; sum in the input's.
+        weight = sum_parts([dense_weight(part).to(dtype) for part in self.parts()])
+        bias = None if self.bias is None else self.bias.to(dtype)
         if self.fusion == "materialised":
             self.fused_weight = weight.detach()
             self.fused_bias = None if bias is None else bias.detach()

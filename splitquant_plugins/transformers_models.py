@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from splitquant_plugins.errors import InputError, MissingExtraError
@@ -82,7 +83,7 @@ def _loaded_whole(kind: Any, model: str) -> nn.Module:
     """Load a model in evaluation mode; one whose checkpoint lacks weights, which would be random, is refused."""
     try:
         loaded, report = kind.from_pretrained(model, output_loading_info=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load model {model}: {first_line(error)}") from None
     missing = sorted(report["missing_keys"])
     if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, cast
@@ -49,7 +50,9 @@ def quantize_after(
     if first is not None:
         refuse_activations(first)
         unsupported = [n for n, m in model.named_modules() if _splittable(m) and not isinstance(m, kinds)]
-        model = first.apply(model, grid=QuantoGrid(int(weights.removeprefix("int"))), leave=[*leave, *unsupported])
+        model = first.apply(
+            model, grid=QuantoGrid(int(weights.removeprefix("int"))), leave=[*leave, *map(glob.escape, unsupported)]
+        )
     names = [name for name, module in model.named_modules() if isinstance(module, kinds) and not _left(name, leave)]
     if not names:
         raise InputError(f"quanto finds no layer to quantize in {type(model).__name__}")

@@ -34,7 +34,11 @@ from splitquant_plugins.cli.options import (
 )
 @click.option("--seed", "seeds", type=CommaList(int), default="0", show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), help="Use the first rows of the data only.")
-@click.option("--equal-storage", is_flag=True, help="Add plain rows that store as many bits as the split ones.")
+@click.option(
+    "--equal-storage",
+    is_flag=True,
+    help="Add plain rows of k times the bits (at most 8, scales not counted) for the split ones.",
+)
 @grid_options
 @split_options
 @json_option
