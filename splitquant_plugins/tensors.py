@@ -73,11 +73,11 @@ class LayerSplitter:
 
     def _bias_parts(self, bias: Tensor, plan: TensorPlan | None, k: int) -> list[Tensor]:
         if plan is None:
-            return [bias]
+            return [bias.clone()]
         try:
             return self._parts(bias, replace(plan, k=k), None)
         except CannotSplit:  # a constant bias, often all zero, stays in the first part
-            return [bias]
+            return [bias.clone()]
 
 
 class CandidateMeasure:
