@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from splitquant_plugins.backends import Backend, Batch, QuantizedModel, StoredWeight, Support, WeightFormat
 from splitquant_plugins.checkpoint import state_bytes
 from splitquant_plugins.errors import ConfigError
-from splitquant_plugins.evaluate import linear_weights
+from splitquant_plugins.evaluate import linear_weights, run_of
 from splitquant_plugins.grid import Grid, UniformGrid
 from splitquant_plugins.manifest import manifest_of
-from splitquant_plugins.modules import SplitModule
+from splitquant_plugins.modules import part_owners
 from splitquant_plugins.split_pass import ModelPass
 
 EVERYTHING = Support(("channel", "tensor", "group"), ("affine", "symmetric"))
@@ -53,12 +53,7 @@ class SimulatedBackend(Backend):
         if first is not None:
             model = first.apply(model, grid=grid)
         layers: dict[str, list[StoredWeight]] = {}
-        parts = {
-            f"{name}.{part}": name
-            for name, module in model.named_modules()
-            if isinstance(module, SplitModule)
-            for part in module.part_names
-        }
+        owners = part_owners(model)
         rounded: dict[int, Tensor] = {}
         for name in linear_weights(model):
             module = model.get_submodule(name)
@@ -67,18 +62,14 @@ class SimulatedBackend(Backend):
                 rounded[id(weight)] = _round(module, weight, grid)
                 weight.copy_(rounded[id(weight)])
             bits = grid.stored_bits(weight.shape)
-            layers.setdefault(parts.get(name, name), []).append(StoredWeight(weight.detach(), bits))
+            layers.setdefault(owners.get(name, name), []).append(StoredWeight(weight.detach(), bits))
         seconds = time.perf_counter() - started
         manifest = manifest_of(model) if first is not None else None
         split_seconds = manifest.seconds if manifest else 0.0
 
-        def run(batch: Batch) -> Tensor:
-            logits: Tensor = model(**batch).logits
-            return logits
-
         return QuantizedModel(
             model=model,
-            run=run,
+            run=run_of(model),
             layers=layers,
             state_bytes=state_bytes(model.state_dict()) - _saved_bytes(layers),
             split_seconds=split_seconds,

@@ -14,7 +14,7 @@ from torch import nn
 
 from splitquant_plugins.backends import StoredWeight
 from splitquant_plugins.errors import ConfigError, InputError
-from splitquant_plugins.modules import SplitModule
+from splitquant_plugins.modules import part_owners
 from splitquant_plugins.split_pass import ModelPass
 from splitquant_quanto.grid import QuantoGrid
 
@@ -68,12 +68,7 @@ def quantize_after(
 def stored_layers(model: nn.Module) -> dict[str, list[StoredWeight]]:
     """Return what every quantized layer stores, by the name it had when it was float, a list of its parts."""
     layers: dict[str, list[StoredWeight]] = {}
-    owners = {
-        f"{name}.{part}": name
-        for name, module in model.named_modules()
-        if isinstance(module, SplitModule)
-        for part in module.part_names
-    }
+    owners = part_owners(model)
     for name, module in model.named_modules():
         if isinstance(module, QModuleMixin) and isinstance(module.weight, QTensor):
             weight = module.weight.dequantize()
