@@ -6,7 +6,8 @@ and zero of a row eliminated (they are the closed-form ones of its codes), the e
     w H wᵀ - max over zero points p of (w H uᵀ)² / (u H uᵀ), u = q - p,
 
 for a symmetric grid or an integer zero point; a free zero takes the direction of ones out of H instead. Any
-change of one or two codes is judged by a few sums. Beyond the paper.
+change of one or two codes is judged by a few sums. Rows so short that all their codes can be tried get the
+optimum. Beyond the paper.
 """
 
 from __future__ import annotations
@@ -26,12 +27,16 @@ _CHANGED = 0.4
 _MOST_MOVES = 200
 # Rows searched at once; bounds the memory for the gains of all pairs.
 _ROWS = 4096
+# All codes of a row are tried where there are at most so many: 8 inputs at 2 bits.
+_MOST_CODES = 1 << 16
+# Gains looked at together in that case.
+_GAINS = 1 << 21
 
 
 def searched_codes(problem: Sequence[Rows], codes: Tensor, grid: ValueGrid, seed: int) -> Tensor:
     """Codes [rows, d] at least as good as the given ones, each row with a scale and zero of its own.
 
-    First the best change of one or two codes is made until none helps; then the same from copies of the
+    The best of all codes where these are few enough to try. Otherwise first the best change of one or two codes is made until none helps; then the same from copies of the
     best codes in which a random part was drawn anew. Deterministic for a seed.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -41,6 +46,9 @@ def searched_codes(problem: Sequence[Rows], codes: Tensor, grid: ValueGrid, seed
         best = codes[start : start + len(rows.weight)]
         start += len(rows.weight)
         search = _Search.of(rows.moment, grid)
+        if (search.high - search.low + 1) ** codes.shape[1] <= _MOST_CODES:
+            found.append(search.best_of_all(rows.weight))
+            continue
         best, gain = search.climbed(rows.weight, best)
         for _ in range(_RESTART_ROUNDS):
             copies = best.repeat_interleave(_RESTARTS, dim=0)
@@ -76,6 +84,17 @@ class _Search:
             ones = moment.sum(dim=0)
             moment, points = moment - torch.outer(ones, ones) / ones.sum(), (0,)
         return cls(moment, points, *grid.code_range)
+
+    def best_of_all(self, weight: Tensor) -> Tensor:
+        """The codes of greatest gain, [n, d], found by trying all."""
+        every = torch.arange(self.low, self.high + 1, dtype=weight.dtype, device=weight.device)
+        codes = torch.cartesian_prod(*[every] * weight.shape[1]).reshape(-1, weight.shape[1])
+        square, line = (codes @ self.moment * codes).sum(1), codes @ self.moment.sum(dim=0)
+        best = []
+        for rows in torch.split(weight, max(1, _GAINS // len(codes))):
+            target = rows @ self.moment
+            best.append(self._gain(square, line, target @ codes.T, target).argmax(dim=1))
+        return codes[torch.cat(best)]
 
     def climbed(self, weight: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Best single or paired changes until none helps; codes and their gain [n]."""

@@ -1,0 +1,118 @@
+"""How good INT2 gets on the linear grids of restricted targets, and how far from a bound.
+
+Run `python benchmarks/restricted_grids.py --model FOLDER --data CSV [--limit N] [--parts 3,2] [--json FILE]`, or
+`--smoke`. Every Linear weight becomes the sum of its parts rounded by `UniformGrid`; biases stay float. All
+columns but the accuracy are signal-to-noise ratios of the weights in decibels:
+
+- `bound`: the best additive code per weight, given scales: k free codes, not held to sum to the weight;
+- `plain`: one tensor of k times the bits, which takes the same storage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from _harness import report
+from _models import bert_tiny
+
+from splitquant_plugins import SplitQuantPass
+from splitquant_plugins.compare import Subject, load_subject
+from splitquant_plugins.evaluate import accuracy, linear_weights, logits_of, ratio_db, run_of
+from splitquant_plugins.grid import UniformGrid
+from splitquant_plugins.modules import part_owners
+from splitquant_plugins.splitters._bound import additive_bound
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor, nn
+
+GRIDS = {
+    "affine, tensor": UniformGrid(2, "affine", "tensor"),
+    "affine, channel": UniformGrid(2, "affine", "channel"),
+    "symmetric restricted, tensor": UniformGrid(2, "symmetric", "tensor"),
+    "symmetric restricted, channel": UniformGrid(2, "symmetric", "channel"),
+    "symmetric full, tensor": UniformGrid(2, "symmetric", "tensor", symmetric_scale="full"),
+    "symmetric full, channel": UniformGrid(2, "symmetric", "channel", symmetric_scale="full"),
+}
+SPLITTERS = ("kmeans", "residual", "grid")
+
+
+def run(model: nn.Module, subject: Subject | None, parts: Sequence[int] = (3, 2)) -> list[dict[str, Any]]:
+    """One row per grid, number of parts and splitter; without a subject there is no accuracy."""
+    weights = linear_weights(model)
+    rows = []
+    for name, grid in GRIDS.items():
+        for k in parts:
+            bound = sum(additive_bound(weight, grid, k) for weight in weights.values())
+            wider = UniformGrid(2 * k, grid.scheme, grid.granularity, symmetric_scale=grid.symmetric_scale)
+            plain = _noise(weights, {key: wider.quantize_dequantize(weight) for key, weight in weights.items()})
+            for splitter in SPLITTERS:
+                rounded = _rounded(model, grid, SplitQuantPass(splitter=splitter, k=k))
+                sums = _sums(rounded, weights)
+                rows.append(
+                    {
+                        "grid": name,
+                        "k": k,
+                        "splitter": splitter,
+                        "accuracy": None if subject is None else _accuracy(rounded, subject),
+                        "weights, dB": ratio_db(_signal(weights), _noise(weights, sums)),
+                        "bound, dB": ratio_db(_signal(weights), bound),
+                        "plain of 2k bits, dB": ratio_db(_signal(weights), plain),
+                    }
+                )
+    return rows
+
+
+def _rounded(model: nn.Module, grid: UniformGrid, first: SplitQuantPass) -> nn.Module:
+    split = first.apply(copy.deepcopy(model), grid=grid)
+    with torch.no_grad():
+        for weight in linear_weights(split).values():
+            weight.copy_(grid.quantize_dequantize(weight))
+    return split
+
+
+def _sums(split: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the parts of each layer add up to."""
+    owners = part_owners(split)
+    sums = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
+    for name, weight in linear_weights(split).items():
+        sums[owners.get(name, name)] += weight
+    return sums
+
+
+def _signal(weights: Mapping[str, Tensor]) -> float:
+    return sum(float(weight.double().square().sum()) for weight in weights.values())
+
+
+def _noise(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
+    return sum(float((weight.double() - others[name]).square().sum()) for name, weight in weights.items())
+
+
+def _accuracy(model: nn.Module, subject: Subject) -> float:
+    return accuracy(logits_of(run_of(model), subject.batches), subject.data.labels)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder of a classifier")
+    parser.add_argument("--data", help="csv with the columns text and label")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--parts", default="3,2")
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--json")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.smoke:
+        report("INT2 on restricted grids, untrained", run(bert_tiny(1, 32), None, (2,)), arguments.json)
+    elif not arguments.model or not arguments.data:
+        parser.error("--model and --data, or --smoke")
+    else:
+        chosen = load_subject(arguments.model, arguments.data, arguments.limit)
+        numbers = [int(number) for number in arguments.parts.split(",")]
+        title = f"INT2 on restricted grids, n = {len(chosen.data.labels)}, float {_accuracy(chosen.model, chosen):.4f}"
+        report(title, run(chosen.model, chosen, numbers), arguments.json)
