@@ -36,8 +36,9 @@ _GAINS = 1 << 21
 def searched_codes(problem: Sequence[Rows], codes: Tensor, grid: ValueGrid, seed: int) -> Tensor:
     """Codes [rows, d] at least as good as the given ones, each row with a scale and zero of its own.
 
-    The best of all codes where these are few enough to try. Otherwise first the best change of one or two codes is made until none helps; then the same from copies of the
-    best codes in which a random part was drawn anew. Deterministic for a seed.
+    The best of all codes where these are few enough to try. Otherwise first the best change of one or two
+    codes is made until none helps; then the same from copies of the best codes in which a random part was
+    drawn anew. Deterministic for a seed.
     """
     generator = torch.Generator().manual_seed(seed)
     found = []
