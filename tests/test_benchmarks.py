@@ -1,6 +1,14 @@
 """A smoke run of each benchmark; no test asserts a time."""
 
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def test_import_time() -> None:
@@ -41,3 +49,34 @@ def test_causal_lm() -> None:
     assert {"FP32", "RTN", "HQQ", "GPTQ", "decoupleQ"} <= rows.keys()
     assert rows["decoupleQ"]["layers"] == rows["RTN"]["layers"] == 14
     assert rows["decoupleQ"]["bits/weight"] == rows["RTN"]["bits/weight"]
+
+
+def test_restricted_grids() -> None:
+    pytest.importorskip("transformers")
+    import restricted_grids
+
+    rows = restricted_grids.run(restricted_grids.bert_tiny(1, 32), None, (2,), restricted_grids.SMOKE)
+    assert len(rows) == 6
+    by_splitter = {row["splitter"]: row["weights, dB"] for row in rows if row["grid"] == "symmetric full, channel"}
+    assert by_splitter["grid"] > by_splitter["residual"] > by_splitter["kmeans"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pass_memory() -> None:
+    import pass_memory
+
+    assert [row["layers"] for row in pass_memory.run(smoke=True)] == ["3 x 64x64 float32", "3 x 64x64 bfloat16"]
+
+
+def test_one_command_runs_them(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS), "--smoke", "--only", "import_time", "--json", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "import_time.json").read_text("utf-8"))["rows"]
+    done = subprocess.run([*command[:3], "--only", "nothing"], capture_output=True, text=True, check=False)
+    assert "no benchmark 'nothing'; choose from import_time" in done.stderr
+
+
+def test_the_one_command_knows_every_benchmark() -> None:
+    scripts = {path.stem for path in BENCHMARKS.glob("[!_]*.py")}
+    assert scripts == set(runpy.run_path(str(BENCHMARKS / "__main__.py"))["NAMES"])
