@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 
 from assets import locate
@@ -36,6 +37,16 @@ KEPT = (
 PACKAGES = ("torch", "transformers", "optimum-quanto", "neural-compressor", "torchao", "scikit-learn")
 TOLERANCE = {"accuracy": 0.005, "fp32_accuracy": 1e-9, "weight_sqnr_db": 0.05, "logit_sqnr_db": 0.5}
 OTHER_GRIDS: dict[str, list] = {"pt2e": [("int2", "tensor", None, "affine"), ("int2", "channel", None, "symmetric")]}
+# The splitter that knows the grid, on emotion: request and options of SplitQuantPass.
+GRID_SPLITS: dict[str, list[tuple[tuple, dict]]] = {
+    "quanto": [(("int2",), {})],
+    "inc": [(("int2",), {})],
+    "pt2e": [
+        *[(("int2", *grid), {}) for grid in product(("tensor", "channel"), (None,), ("affine", "symmetric"))],
+        (("int2", "tensor", None, "affine"), {"k": 2}),
+        (("int2", "tensor", None, "affine"), {"budget": 4.0}),
+    ],
+}
 
 
 def main() -> None:
@@ -48,11 +59,16 @@ def main() -> None:
         for backend in backends:
             defaults = [WeightRequest(width) for width in ("int2", "int4", "int8")]
             others = [WeightRequest(*one) for one in OTHER_GRIDS.get(backend, []) if task == "emotion"]
-            for run in plan_runs(plugins, [backend], [*defaults, *others], ["none", "kmeans"]):
-                row = row_of(subject, run)
-                usual = run.format == run.backend.resolve(WeightRequest(run.format.weights))
-                rows.append({"task": task, "default_grid": usual, **{key: row[key] for key in KEPT}})
-                print(task, run.title, row["granularity"], row["scheme"], row["accuracy"], row["weight_sqnr_db"])
+            cells = [([*defaults, *others], ["none", "kmeans"], {})]
+            if task == "emotion":
+                cells += [([WeightRequest(*one)], ["grid"], options) for one, options in GRID_SPLITS[backend]]
+            for requests, splits, options in cells:
+                for run in plan_runs(plugins, [backend], requests, splits, options=options):
+                    row = row_of(subject, run)
+                    usual = run.format == run.backend.resolve(WeightRequest(run.format.weights))
+                    kept = {key: row[key] for key in KEPT}
+                    rows.append({"task": task, "default_grid": usual, "options": options, **kept})
+                    print(task, run.title, row["granularity"], row["scheme"], options, row["accuracy"])
     versions = {package: metadata.version(package) for package in PACKAGES}
     reference = {"tolerance": TOLERANCE, "versions": versions, "rows": rows}
     write_json(Path(__file__).with_name("reference.json"), reference)

@@ -19,8 +19,21 @@ REFERENCE = json.loads(Path(__file__).with_name("reference.json").read_text("utf
 ROWS = REFERENCE["rows"]
 
 
+# Accuracy and weight SQNR (dB) that splits by `grid` into INT2 parts keep on emotion at least: by granularity,
+# scheme, parts, and budget in stored bits per weight.
+GRID_FLOORS = {
+    ("tensor", "affine", 3, None): (0.885, 16),
+    ("channel", "affine", 3, None): (0.885, 25),
+    ("tensor", "symmetric", 3, None): (0.875, 11.5),
+    ("channel", "symmetric", 3, None): (0.885, 16.5),
+    ("tensor", "affine", 2, None): (0.88, 10),
+    ("tensor", "affine", None, 4.0): (0.883, 10),
+}
+
+
 def name_of(row: dict) -> str:
-    return "-".join(str(row[key]) for key in ("backend", "weights", "task", "granularity", "scheme", "split"))
+    options = "".join(f"-{key}{value:g}" for key, value in row["options"].items())
+    return "-".join(str(row[key]) for key in ("backend", "weights", "task", "granularity", "scheme", "split")) + options
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -34,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_row_is_as_recorded(row: dict, subject: Subject) -> None:
     request = WeightRequest(row["weights"], row["granularity"], row["group_size"], row["scheme"])
-    (run,) = plan_runs(Plugins.load(), [row["backend"]], [request], [row["split"]], [row["seed"]])
+    (run,) = plan_runs(Plugins.load(), [row["backend"]], [request], [row["split"]], [row["seed"]], row["options"])
     measured = row_of(subject, run)
     tolerance = REFERENCE["tolerance"]
     assert measured["n"] == row["n"]
@@ -51,5 +64,12 @@ def test_the_reference_keeps_the_promises(row: dict, task: str) -> None:
     if row["split"] == "kmeans" and row["default_grid"]:
         floor = promises.get((task, row["weights"]), row["fp32_accuracy"] - 0.005)
         assert row["accuracy"] >= floor
+    if row["split"] == "grid":
+        budget = row["options"].get("budget")
+        accuracy, sqnr = GRID_FLOORS[row["granularity"], row["scheme"], row["k"], budget]
+        assert row["accuracy"] >= accuracy
+        assert row["weight_sqnr_db"] >= sqnr
+        # PT2E keeps a code of 2 bits in a byte.
+        assert budget is None or row["linear_bits_per_weight"] <= 4 * budget
     if row["split"] == "none" and task == "emotion" and row["weights"] == "int2":
         assert row["accuracy"] < 0.80
