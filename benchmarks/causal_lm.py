@@ -1,6 +1,6 @@
 """Two-bit weights of a small causal language model: plain rounding, HQQ, GPTQ and decoupleQ.
 
-    python benchmarks/causal_lm.py [--steps 600] [--seed 0] [--model FOLDER] [--json FILE] [--smoke]
+    python benchmarks/causal_lm.py [--steps 2000] [--seed 0] [--model FOLDER] [--json FILE] [--smoke]
 
 A Llama of 4 layers and width 256 learns the documentation strings of Python's standard library, byte by byte, from
 random weights; this takes most of the time. `--model` keeps the trained weights in a folder, and takes them from
@@ -161,7 +161,7 @@ def ways(plugins: Plugins, calibration: list[dict[str, Tensor]]) -> list[tuple[s
     return rows
 
 
-def run(smoke: bool = False, steps: int = 600, seed: int = 0, folder: Path | None = None) -> list[dict[str, Any]]:
+def run(smoke: bool = False, steps: int = 2000, seed: int = 0, folder: Path | None = None) -> list[dict[str, Any]]:
     """Train, quantize in every way and measure; a row for each."""
     sizes = SMOKE if smoke else FULL
     training, held_out = token_ids(docstrings()[:200] if smoke else docstrings())
@@ -198,7 +198,7 @@ def run(smoke: bool = False, steps: int = 600, seed: int = 0, folder: Path | Non
 def main() -> None:
     """Parse arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--json", type=Path)

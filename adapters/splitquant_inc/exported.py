@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from neural_compressor.torch.algorithms.pt2e_quant.utility import create_xiq_quantizer_from_pt2e_config
+from neural_compressor.torch.quantization import DynamicQuantConfig
 from torch import nn
 from torch.fx import GraphModule
 
 from splitquant_inc.recipe import PassFirst
 from splitquant_plugins.errors import ConfigError, InputError
-from splitquant_plugins.grid import UniformGrid
 from splitquant_plugins.split_pass import SplitQuantPass
 
-GRAPH_SPLIT = "splitquant_pt2e.graph"
+GRAPH_SPLIT = "splitquant_pt2e.recipe"
 EXPORT_SPLIT = "export(SplitQuantPass()(model), example_inputs=...), then prepare with the configuration alone"
 
 
@@ -33,19 +34,16 @@ class ExportedRecipe(PassFirst):
                 "call neural_compressor.torch.export.export(model, example_inputs=...) first"
             )
         try:
-            split_graph = importlib.import_module(GRAPH_SPLIT).split_graph
+            split_ahead = importlib.import_module(GRAPH_SPLIT).split_ahead
         except ImportError as error:
             raise ConfigError(
                 f"splitting an exported graph needs the pt2e adapter ({error}); or split before: {EXPORT_SPLIT}"
             ) from None
         if not isinstance(self.first, SplitQuantPass):
             raise ConfigError(f"{type(self.first).__name__} does not work on an exported graph: {EXPORT_SPLIT}")
-        split_graph(model, self.first, weight_grid(self))
+        split_ahead(model, self.first, quantizer_of(self))
 
 
-def weight_grid(config: Any) -> UniformGrid | None:
-    """Return the grid of the weights: torch's observers of INC's `w_sym` and `w_granularity`."""
-    granularity = {"per_channel": "channel", "per_tensor": "tensor"}[config.w_granularity]
-    if config.w_dtype != "int8" or not config.w_sym:
-        return None
-    return UniformGrid(8, "symmetric", granularity, symmetric_scale="full")  # type: ignore[arg-type]
+def quantizer_of(config: Any) -> Any:
+    """Return the quantizer that INC will make of the configuration, layer options included."""
+    return create_xiq_quantizer_from_pt2e_config(config, is_dynamic=isinstance(config, DynamicQuantConfig))

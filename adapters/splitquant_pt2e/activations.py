@@ -241,10 +241,13 @@ def _call(model: GraphModule, target: Any, args: tuple, like: Node, kwargs: Any 
 
 def _give_scales(chunks: Sequence[Node], joined: Node, spec: Any) -> None:
     """Quantize the output of each chunk, and nothing of the concatenation."""
+    # Quantizers that annotate once more look for what their own class of annotations has.
+    users = [annotation_of(user) for user in joined.users]
+    kind = next((type(found) for found in users if found is not None), compat.QuantizationAnnotation)
     for chunk in chunks:
-        own = annotation_of(chunk) or compat.QuantizationAnnotation(_annotated=True)
+        own = annotation_of(chunk) or kind(_annotated=True)
         chunk.meta[compat.ANNOTATION] = replace(own, output_qspec=spec)
-    joined.meta[compat.ANNOTATION] = compat.QuantizationAnnotation(_annotated=True)
+    joined.meta[compat.ANNOTATION] = kind(_annotated=True)
     for user in joined.users:
         annotation = annotation_of(user)
         if annotation is not None and joined in (annotation.input_qspec_map or {}):

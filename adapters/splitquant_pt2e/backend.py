@@ -73,14 +73,12 @@ class Pt2eBackend(Backend):
             converted = convert_pt2e(prepared)
         seconds = time.perf_counter() - started
         manifest = converted.meta.get(ATTRIBUTE)
-        split_seconds = manifest.seconds if isinstance(manifest, Manifest) else 0.0
         return QuantizedModel(
             model=converted,
             run=_runner(converted, tuple(example)),
             layers=stored_weights(converted),
             state_bytes=state_bytes(_tensors(converted)),
-            split_seconds=split_seconds,
-            quantize_seconds=seconds - split_seconds,
+            seconds=seconds,
             manifest=manifest if isinstance(manifest, Manifest) else None,
         )
 

@@ -6,6 +6,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from torch.fx import GraphModule
+
 from splitquant_plugins.errors import MissingExtraError
 
 ANNOTATION = "quantization_annotation"  # the key of node.meta, the same in both
@@ -35,3 +37,10 @@ MinMaxObserver: Any = _observer.MinMaxObserver
 PerChannelMinMaxObserver: Any = _observer.PerChannelMinMaxObserver
 prepare_pt2e: Any = _flow.prepare_pt2e
 convert_pt2e: Any = _flow.convert_pt2e
+
+
+def fold_batchnorms(model: GraphModule) -> None:
+    """Fold BatchNorms into the layers before them, in place, as prepare_pt2e does first of all."""
+    for name in ("_fuse_conv_bn_", "_fuse_linear_bn_"):
+        if hasattr(_flow, name):
+            getattr(_flow, name)(model)

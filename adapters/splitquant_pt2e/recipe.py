@@ -14,6 +14,8 @@ from torch.fx import GraphModule
 
 from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.split_pass import ModelPass, SplitQuantPass
+from splitquant_pt2e.annotation import annotation_of
+from splitquant_pt2e.compat import fold_batchnorms
 from splitquant_pt2e.graph import refuse_unfit_graph, split_graph
 from splitquant_pt2e.mixing import with_mixin
 
@@ -34,6 +36,23 @@ class SplittingQuantizer:
         # PT2E goes on with the graph that it passed, whatever is returned.
         split_graph(model, self.splitquant_pass, annotated=True)
         return annotated
+
+
+def split_ahead(model: GraphModule, split_pass: SplitQuantPass, quantizer: Any) -> None:
+    """Split a graph in place as the attached `quantizer` would, for a `prepare_pt2e` that gets another of its kind.
+
+    BatchNorms are folded and the graph is annotated as prepare_pt2e will do once more. What took the place of a
+    layer carries its annotations; the marks by which quantizers look for layers are taken off all that is
+    annotated, and off the weights.
+    """
+    refuse_unfit_graph(model)
+    fold_batchnorms(model)
+    quantizer.annotate(quantizer.transform_for_annotation(model))
+    split_graph(model, split_pass, annotated=True)
+    for node in model.graph.nodes:
+        if node.op == "get_attr" or annotation_of(node) is not None:
+            node.meta.pop("source_fn_stack", None)
+            node.meta.pop("torch_fn", None)
 
 
 def attach(split_pass: ModelPass, quantizer: Any) -> Any:

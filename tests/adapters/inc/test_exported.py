@@ -18,6 +18,7 @@ from neural_compressor.torch.quantization import (
 from splitquant_inc import save
 from torch import nn
 
+from splitquant_plugins import SplitQuantPass
 from splitquant_plugins.errors import AlreadySplitError, ConfigError, InputError
 from splitquant_plugins.manifest import ATTRIBUTE
 
@@ -97,3 +98,53 @@ def test_weight_only_recipes_are_for_modules(models, split_pass):
     exported = export(models.mlp(), example_inputs=(torch.randn(4, 12),))
     with pytest.raises(InputError, match="exported graph"):
         prepare(exported, split_pass() + RTNConfig())
+
+
+class Residual(nn.Module):
+    """Convolutions with BatchNorm, and a sum behind a convolution, which X86's fusion patterns look for."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 4)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        y = torch.relu(self.norm(self.first(x)))
+        return self.head(torch.relu(self.second(y) + y).mean((2, 3)))
+
+
+def counts(graph):
+    found = Counter(str(node.target).rpartition(".default")[0].rpartition(".")[2] for node in graph.graph.nodes)
+    return {name: found[name] for name in ("quantize_per_channel", "quantize_per_tensor", "conv2d", "batch_norm")}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("splitter", [None, "grid"])
+def test_partial_sums_of_convolutions_are_not_quantized(split_pass, sqnr, splitter):
+    torch.manual_seed(0)
+    model, x = Residual().eval(), torch.randn(4, 3, 8, 8)
+    wanted = model(x)
+    plain = quantize(model, StaticQuantConfig(), x)
+    first = split_pass() if splitter is None else SplitQuantPass(splitter=splitter)
+    split = quantize(model, first + StaticQuantConfig(), x)
+    expected = {"quantize_per_channel": 3, "quantize_per_tensor": 3, "conv2d": 2, "batch_norm": 0}
+    assert counts(plain) == expected
+    assert counts(split) == {**expected, "quantize_per_channel": 9, "conv2d": 6}
+    assert sqnr(wanted, split(x)) > sqnr(wanted, plain(x)) - 1
+
+
+@torch.no_grad()
+def test_layers_that_set_local_leaves_float_stay_whole(split_pass):
+    torch.manual_seed(0)
+    model, x = Residual().eval(), torch.randn(4, 3, 8, 8)
+    recipe = StaticQuantConfig()
+    recipe.set_local("second", StaticQuantConfig(w_dtype="fp32", act_dtype="fp32"))
+    graph = quantize(model, split_pass() + recipe, x)
+    assert counts(graph)["conv2d"] == 4
+    manifest = graph.meta[ATTRIBUTE]
+    assert [record.name for record in manifest.split] == ["first", "head"]
+    assert {record.name: record.reason for record in manifest.kept} == {"second": "the recipe does not quantize it"}
