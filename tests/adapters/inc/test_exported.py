@@ -52,6 +52,9 @@ def test_split_w8a8(models, split_pass, sqnr, kind, activations, way):
     weights = sum("quantize" in str(n.target) and str(n.args[0]).endswith("weight") for n in graph.graph.nodes)
     assert weights == 9
     assert found["cat.default"] == (2 if activations else 0)
+    if kind is StaticQuantConfig and way == "recipe":
+        scales = {n.args[1] for n in graph.graph.nodes if ".quantize_per_tensor" in str(n.target)}
+        assert len(scales) == (7 if activations else 3)
 
 
 def test_an_unexported_or_split_model_is_refused(models, split_pass):
