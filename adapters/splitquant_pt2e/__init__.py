@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from splitquant_pt2e.activations import chunk_scales
     from splitquant_pt2e.graph import split_graph
     from splitquant_pt2e.grid import Pt2eGrid
+    from splitquant_pt2e.part_outputs import integer_parts
     from splitquant_pt2e.quantizer import LowBitWeightQuantizer
     from splitquant_pt2e.storage import load, save
     from splitquant_pt2e.weights import stored_weights
@@ -15,13 +16,23 @@ _HOME = {
     "LowBitWeightQuantizer": "quantizer",
     "Pt2eGrid": "grid",
     "chunk_scales": "activations",
+    "integer_parts": "part_outputs",
     "load": "storage",
     "save": "storage",
     "split_graph": "graph",
     "stored_weights": "weights",
 }
 
-__all__ = ["LowBitWeightQuantizer", "Pt2eGrid", "chunk_scales", "load", "save", "split_graph", "stored_weights"]
+__all__ = [
+    "LowBitWeightQuantizer",
+    "Pt2eGrid",
+    "chunk_scales",
+    "integer_parts",
+    "load",
+    "save",
+    "split_graph",
+    "stored_weights",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ import operator
 
 import pytest
 import torch
-from splitquant_pt2e import LowBitWeightQuantizer, stored_weights
+from splitquant_pt2e import LowBitWeightQuantizer, integer_parts, stored_weights
 from splitquant_pt2e.compat import (
     HistogramObserver,
     PerChannelMinMaxObserver,
@@ -315,3 +315,18 @@ def test_prepared_graph_can_be_copied(split, nets, images, export):
     for graph in (prepared, twin):
         graph(images)
     assert torch.equal(convert_pt2e(prepared)(images), convert_pt2e(twin)(images))
+
+
+@torch.no_grad()
+def test_integer_parts_quantizes_what_parts_give(split, x86, quantize, nets, count, sqnr):
+    model, inputs = nets.mlp(), torch.randn(32, 12)
+    usual = count(quantize(model, split() + x86(), inputs))["quantize_per_tensor"]
+    graph = quantize(model, integer_parts(split() + x86()), inputs)
+    assert count(graph)["quantize_per_tensor"] == usual + 9
+    scales = {node.args[1] for node in graph.graph.nodes if ".quantize_per_tensor" in str(node.target)}
+    assert len(scales) == usual + 9
+    assert sqnr(model(inputs), graph(inputs)) > 25
+    dynamic = split() + x86(is_dynamic=True)
+    assert count(quantize(model, integer_parts(dynamic), inputs)) == count(quantize(model, dynamic, inputs))
+    with pytest.raises(ConfigError, match="there are no parts without a pass"):
+        integer_parts(x86())
