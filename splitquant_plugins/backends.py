@@ -67,16 +67,25 @@ class QuantizedModel:
 
     `run` maps a batch of tokenizer outputs to logits [batch, labels]. `layers` holds, by the name of the float
     layer, the stored weights whose sum takes its place: one, or one per part. `state_bytes` is the size of the
-    whole model as it is saved.
+    whole model as it is saved, `seconds` the time that all of it took, the passes in front included.
     """
 
     model: nn.Module
     run: Callable[[Batch], Tensor]
     layers: dict[str, list[StoredWeight]]
     state_bytes: int
-    split_seconds: float = 0.0
-    quantize_seconds: float = 0.0
+    seconds: float = 0.0
     manifest: Manifest | None = None
+
+    @property
+    def split_seconds(self) -> float:
+        """What the passes in front took."""
+        return self.manifest.seconds if self.manifest is not None else 0.0
+
+    @property
+    def quantize_seconds(self) -> float:
+        """What the backend took."""
+        return self.seconds - self.split_seconds
 
     @property
     def layers_quantized(self) -> int:

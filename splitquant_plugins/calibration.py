@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.errors import ConfigError, InputError
+from splitquant_plugins.errors import ConfigError, InputError, SplitQuantError, first_line
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
@@ -132,6 +132,11 @@ class _RunningMean:
         is_convolution = isinstance(layer, _CONVOLUTIONS)
         if not is_convolution and mask is not None and inputs.ndim >= 3 and inputs.shape[:2] == mask.shape:
             inputs = inputs[mask.to(inputs.device) != 0]
+        width, axis = self.matrix.shape[-1], -1
+        if isinstance(layer, _CONVOLUTIONS):
+            width, axis = layer.in_channels, 1 - layer.weight.ndim
+        if inputs.ndim < -axis or inputs.shape[axis] != width:
+            raise InputError(f"{self.name or 'the model'} takes {width} features, and gets {tuple(inputs.shape)}")
         if not torch.isfinite(inputs).all():
             raise InputError(
                 f"{self.name}: its calibration inputs contain NaN or infinity; check the batches, or run the "
@@ -174,10 +179,11 @@ def _observe(model: nn.Module, batches: Batches, means: Mapping[str, _RunningMea
     with evaluating(model), torch.no_grad(), ExitStack() as hooks:
         for mean in means.values():
             hooks.callback(mean.layer.register_forward_pre_hook(hook_of(mean), with_kwargs=True).remove)
-        for args, kwargs in iter_calls(model, batches):
+        for number, (args, kwargs) in enumerate(iter_calls(model, batches), start=1):
             found = kwargs.get("attention_mask")
             mask = found if isinstance(found, Tensor) and found.ndim == 2 else None
-            model(*args, **kwargs)
+            with naming_batch(number, model):
+                model(*args, **kwargs)
             seen = True
     if not seen:
         raise InputError("no calibration batches: the iterable is empty (or a one-shot iterator was used up)")
@@ -189,7 +195,10 @@ def iter_calls(model: nn.Module, batches: Batches) -> Iterator[tuple[tuple[Any, 
     Accepts what `iter_second_moments` accepts; `labels` is dropped from dicts, so that no loss is computed.
     """
     first = next(model.parameters(), None)
-    for batch in batches() if callable(batches) else batches:
+    found = batches() if callable(batches) else batches
+    if isinstance(found, Mapping) or not isinstance(found, Iterable):
+        raise InputError(f"calibration is a {type(found).__name__}: give a list of batches, even of a single one")
+    for number, batch in enumerate(found, start=1):
         args: tuple[Any, ...] = ()
         kwargs: dict[str, Any] = {}
         if isinstance(batch, Mapping):
@@ -200,12 +209,28 @@ def iter_calls(model: nn.Module, batches: Batches) -> Iterator[tuple[tuple[Any, 
             args = (batch,)
         else:
             raise InputError(
-                f"a calibration batch is a {type(batch).__name__}: expected a dict, a tuple, a list or a tensor"
+                f"calibration batch {number} is a {type(batch).__name__}: expected a dict, a tuple, a list or a tensor"
             )
         if first is not None:
             args = tuple(_to_device(value, first.device) for value in args)
             kwargs = {key: _to_device(value, first.device) for key, value in kwargs.items()}
         yield args, kwargs
+
+
+@contextmanager
+def naming_batch(number: int, model: nn.Module) -> Iterator[None]:
+    """Turn what the model raises for a batch (counted from 1) into an InputError that names batch and cause."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"calibration batch {number}: {error}") from None
+    except (SplitQuantError, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"calibration batch {number} does not fit {type(model).__name__} "
+            f"({type(error).__name__}: {first_line(error)}); give batches as the model's forward takes them"
+        ) from error
 
 
 @contextmanager

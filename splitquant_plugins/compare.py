@@ -23,6 +23,7 @@ from splitquant_plugins.transformers_models import load_classifier, load_tokeniz
 UNSPLIT = "none"
 DECOUPLEQ = "decoupleq"
 CALIBRATION_TEXTS = 256
+_NEED_CALIBRATION = "need calibration data: give --calibration FILE, a csv with a column text"
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,14 @@ def plan_runs(
     chosen = [plugins.backend(name) for name in backends]
     for backend in chosen:
         backend.require()
+    if DECOUPLEQ in values and calibration is None:
+        raise ConfigError(f"values {DECOUPLEQ!r} {_NEED_CALIBRATION}")
     solver = DecoupleQPass(calibration=calibration, plugins=plugins) if DECOUPLEQ in values else None
     formats = []
     for backend, request, method in product(chosen, requests, values):
         own = ROUND_TO_NEAREST if method == DECOUPLEQ else method
         if own in backend.calibrated and calibration is None:
-            raise ConfigError(f"values {own!r} of backend {backend.name} need calibration data")
+            raise ConfigError(f"values {own!r} of backend {backend.name} {_NEED_CALIBRATION}")
         form = backend.resolve(replace(request, method=own))
         batches = calibration if own in backend.calibrated else None
         formats.append((backend, form, solver if method == DECOUPLEQ else None, batches))
@@ -125,13 +128,16 @@ def calibration_batches(model: str, source: str, limit: int = CALIBRATION_TEXTS)
 def equal_storage_runs(plugins: Plugins, runs: Sequence[Run]) -> list[Run]:
     """Return, for the split runs, plain ones of as many bits: k parts of b bits against one of k·b, at most 8.
 
-    They are simulated on the same kind of grid, since backends have no 6-bit weights.
+    Against a budget stand its whole bits, at least 2. They are simulated on the same kind of grid, since backends have
+    no 6-bit weights.
     """
     backend = plugins.backend("simulated")
     found: dict[WeightFormat, Run] = {}
     for run in runs:
-        if run.splitter is not None and run.splitter.config.budget is None:
-            bits = min(8, run.splitter.config.k * run.format.bits)
+        if run.splitter is not None:
+            config = run.splitter.config
+            stored = config.k * run.format.bits if config.budget is None else int(config.budget)
+            bits = min(8, max(2, stored))
             form = replace(run.format, weights=f"int{bits}", bits=bits, method=ROUND_TO_NEAREST)
             found.setdefault(form, Run(backend, form, UNSPLIT, run.seed, None))
     return list(found.values())
@@ -180,7 +186,7 @@ def row_of(subject: Subject, run: Run) -> dict[str, Any]:
         **asdict(measures),
         "split_seconds": quantized.split_seconds,
         "quantize_seconds": quantized.quantize_seconds,
-        "seconds": quantized.split_seconds + quantized.quantize_seconds,
+        "seconds": quantized.seconds,
         "peak_mb": memory.megabytes,
         "layers_split": len(quantized.manifest.split) if quantized.manifest else 0,
         "layers_solved": len(quantized.manifest.solved) if quantized.manifest else 0,

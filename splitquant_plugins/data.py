@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from splitquant_plugins.errors import InputError, MissingExtraError
-from splitquant_plugins.transformers_models import first_line
+from splitquant_plugins.errors import InputError, MissingExtraError, first_line
 
 SPLITS = ("test", "validation", "train")
 

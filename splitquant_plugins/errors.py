@@ -39,6 +39,16 @@ class SplitFailedError(SplitQuantError):
     """A layer could not be split because its weight or a splitter's answer is invalid."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, the next too where it ends in a colon; or its type's name."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+class SplitQuantWarning(UserWarning):
+    """Something was left out that a user may not expect; the message says what and why."""
+
+
 class CannotSplit(Exception):  # noqa: N818 - control flow, not a failure
     """Raised by a splitter for a tensor that it leaves whole; `reason` goes into the manifest."""
 

@@ -64,10 +64,12 @@ def logits_of(run: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> Tenso
 
 
 def run_of(model: nn.Module) -> Callable[[Batch], Tensor]:
-    """Return what maps a batch to the logits of a transformers classifier."""
+    """Return what maps a batch to the logits of a transformers classifier, or of a model that returns them alone."""
 
+    @torch.no_grad()
     def run(batch: Batch) -> Tensor:
-        logits: Tensor = model(**batch).logits
+        output = model(**batch)
+        logits: Tensor = output.logits if hasattr(output, "logits") else output
         return logits
 
     return run

@@ -14,8 +14,11 @@ from splitquant_plugins.errors import InputError
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:  # which names the temporary file, or a folder above
+        raise OSError(error.errno, error.strerror, str(path)) from None
     os.close(handle)
     try:
         write(Path(temporary))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -11,8 +12,6 @@ from splitquant_plugins.errors import AlreadySplitError, InputError, SkeletonMis
 from splitquant_plugins.files import write_text
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
 
     from splitquant_plugins.plugins import Plugins
@@ -104,16 +103,16 @@ class Manifest(BaseModel):
         """The layers whose values DecoupleQPass solved."""
         return [record for record in self.layers if record.values is not None and record.values.action == "solved"]
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: str | Path) -> Path:
         """Write the manifest into a folder, at once or not at all."""
-        path = folder / FILE_NAME
+        path = Path(folder) / FILE_NAME
         write_text(path, self.model_dump_json(indent=1))
         return path
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest:
+    def load(cls, folder: str | Path) -> Manifest:
         """Read the manifest of a saved model; a damaged file is an InputError."""
-        path = folder / FILE_NAME
+        path = Path(folder) / FILE_NAME
         if not path.is_file():
             raise InputError(f"{folder} holds no {FILE_NAME}: it is not a model saved by splitquant")
         try:

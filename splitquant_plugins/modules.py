@@ -64,6 +64,11 @@ class SplitModule(nn.Module):
         self._part_replaced = part_replaced
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            raise AttributeError(
+                f"the {name} of a {type(self).__name__} is the sum of its parts' and is not assigned to: assign it "
+                f"before the split, or to a part, such as .{self.part_names[0]}.{name}"
+            )
         super().__setattr__(name, value)
         if isinstance(value, nn.Module) and name in self.__dict__.get("part_names", ()):
             self.forget_fused()

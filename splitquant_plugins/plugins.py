@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pluggy
 
 from splitquant_plugins import hookspecs
-from splitquant_plugins.errors import ConfigError, PluginError
+from splitquant_plugins.errors import ConfigError, PluginError, SplitQuantWarning
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -132,6 +132,7 @@ class Plugins:
             warnings.warn(
                 f"splitquant skips the broken plugin {entry.name!r} of {source} ({message}); "
                 f"block it with {BLOCK_VARIABLE}={entry.name}",
+                SplitQuantWarning,
                 stacklevel=4,
             )
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from splitquant_plugins.backends import Backend, Batch, WeightFormat, WeightRequest
-from splitquant_plugins.errors import ConfigError, InputError
+from splitquant_plugins.errors import ConfigError, InputError, first_line
 from splitquant_plugins.plugins import Plugins
 from splitquant_plugins.split_pass import SplitQuantPass
 from splitquant_plugins.streaming.run import stream_model
@@ -73,22 +76,17 @@ def quantize_model(
         "seed": first.config.seed,
         "streamed": stream,
         **figures(chosen, model, form, first, output),
+        "tokenizer_files": [name for name in TOKENIZER_FILES if (output / name).is_file()],
     }
 
 
 def _in_memory(chosen: Backend, model: str, form: WeightFormat, first: SplitQuantPass, output: Path) -> dict[str, Any]:
     loaded = load_model(model)
-    quantized = chosen.quantize(loaded, form, first, [example_batch(loaded)])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        chosen.save(quantized, temporary)
-        _copy_tokenizer(Path(model), temporary)
-        temporary.chmod(0o755)
-        temporary.replace(output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with _appearing(output) as temporary:
+        quantized = chosen.quantize(loaded, form, first, [example_batch(loaded)])
+        with _writing(output):
+            chosen.save(quantized, temporary)
+        _copy_tokenizer(_folder_of(model), temporary)
     stored = [part for parts in quantized.layers.values() for part in parts]
     weights = sum(parts[0].weight.numel() for parts in quantized.layers.values())
     return {
@@ -121,6 +119,42 @@ def _stream(chosen: Backend, model: str, form: WeightFormat, first: SplitQuantPa
         "shards": made.shards,
         "shards_found_done": made.shards_found_done,
     }
+
+
+@contextmanager
+def _appearing(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place in the end; it is made first, so that no work is lost."""
+    with _writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        yield temporary
+        with _writing(output):
+            temporary.chmod(0o755)
+            temporary.replace(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Name the folder that the user asked for, and not a temporary one, where it cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"cannot write {output}: {reason}; choose another --output") from None
+
+
+def _folder_of(model: str) -> Path:
+    """The folder of a model, or that of the Hub's cache with its tokenizer."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, allow_patterns=list(TOKENIZER_FILES)))
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

@@ -86,6 +86,8 @@ def _reason(
         if any(True for _ in module.parameters(recurse=False)):
             return f"{type(module).__name__} is of no type that a plugin splits"
         return None
+    if not answer.weight.numel():
+        return "it has no values"
     if config.include and not _matches(names, config.include):
         return "no include pattern matches it"
     if _matches(names, config.exclude):

@@ -64,17 +64,13 @@ class SimulatedBackend(Backend):
             bits = grid.stored_bits(weight.shape)
             layers.setdefault(owners.get(name, name), []).append(StoredWeight(weight.detach(), bits))
         seconds = time.perf_counter() - started
-        manifest = manifest_of(model) if first is not None else None
-        split_seconds = manifest.seconds if manifest else 0.0
-
         return QuantizedModel(
             model=model,
             run=run_of(model),
             layers=layers,
             state_bytes=state_bytes(model.state_dict()) - _saved_bytes(layers),
-            split_seconds=split_seconds,
-            quantize_seconds=seconds - split_seconds,
-            manifest=manifest,
+            seconds=seconds,
+            manifest=manifest_of(model) if first is not None else None,
         )
 
     def save(self, quantized: QuantizedModel, folder: Path) -> None:

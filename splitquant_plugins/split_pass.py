@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from splitquant_plugins.budget import Candidate, allocate
 from splitquant_plugins.calibration import Batches, collect_second_moments
 from splitquant_plugins.check import refuse_unfit_model, refuse_unfit_weights
 from splitquant_plugins.config import SplitConfig, config_from, validated
-from splitquant_plugins.errors import ConfigError, InputError
+from splitquant_plugins.errors import ConfigError, InputError, SplitQuantWarning
 from splitquant_plugins.manifest import LayerRecord, Manifest, set_manifest
 from splitquant_plugins.modules import part_names
 from splitquant_plugins.plan import LayerPlan, TensorPlan
@@ -74,6 +75,9 @@ class PassSequence(ModelPass):
     def __init__(self, passes: Sequence[ModelPass]) -> None:
         self.passes = tuple(passes)
         self.plugins = self.passes[0].plugins
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.passes))
 
     @property
     def splits_activations(self) -> bool:
@@ -165,7 +169,12 @@ class SplitQuantPass(ModelPass):
                 "pass to a recipe (SplitQuantPass(...) + recipe), or call .apply(model, grid=UniformGrid(...))"
             )
         started = time.perf_counter()
-        refuse_unfit_weights(select_layers(model, self.config, self.plugins, leave).split)
+        selection = select_layers(model, self.config, self.plugins, leave)
+        refuse_unfit_weights(selection.split)
+        if not selection.split:
+            reasons = "; ".join(sorted({kept.reason for kept in selection.kept})) or "it has no layers"
+            message = f"SplitQuantPass splits no layer of this {type(model).__name__}: {reasons}"
+            warnings.warn(message, SplitQuantWarning, stacklevel=3)
         with restored_on_error(model):
             manifest = Manifest(
                 version=_own_version(),

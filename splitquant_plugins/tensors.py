@@ -12,7 +12,7 @@ from torch import Tensor
 
 from splitquant_plugins.budget import Candidate
 from splitquant_plugins.check import check_parts
-from splitquant_plugins.errors import CannotSplit, ConfigError, SplitFailedError
+from splitquant_plugins.errors import CannotSplit, ConfigError, SplitFailedError, SplitQuantWarning
 from splitquant_plugins.grid import Grid
 from splitquant_plugins.plan import TensorPlan
 from splitquant_plugins.plugins import Plugins
@@ -61,7 +61,7 @@ class LayerSplitter:
         except CannotSplit as answer:
             return SplitTensors([], [], time.perf_counter() - started, answer.reason)
         except SplitFailedError as error:
-            warnings.warn(f"{error}; the layer is left whole", stacklevel=2)
+            warnings.warn(f"{error}; the layer is left whole", SplitQuantWarning, stacklevel=2)
             return SplitTensors([], [], time.perf_counter() - started, f"it failed the check: {error}")
         biases = [*found, *[None] * (len(weights) - len(found))]
         return SplitTensors(weights, biases, time.perf_counter() - started)

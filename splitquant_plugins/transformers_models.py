@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
-from splitquant_plugins.errors import InputError, MissingExtraError
+from splitquant_plugins.errors import InputError, MissingExtraError, first_line
+from splitquant_plugins.streaming.source import SINGLE_FILE, Source, is_sharded
 
 
 def require_transformers() -> Any:
@@ -34,7 +35,12 @@ def model_class(config: Any, where: str | Path) -> Any:
 
 def empty_model(config: Any, where: str | Path) -> nn.Module:
     """Make a model of that configuration, with weights to be loaded into."""
-    made: nn.Module = model_class(config, where)._from_config(config)
+    try:
+        made: nn.Module = model_class(config, where)._from_config(config)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where}: config.json describes no model: {first_line(error)}") from None
     return made
 
 
@@ -75,16 +81,25 @@ def load_config(model: str | Path) -> Any:
     _refuse_missing_folder(str(model))
     try:
         return transformers.AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever transformers makes of a file that is not what it should be
         raise InputError(f"cannot load the configuration of {model}: {first_line(error)}") from None
 
 
 def _loaded_whole(kind: Any, model: str) -> nn.Module:
     """Load a model in evaluation mode; one whose checkpoint lacks weights, which would be random, is refused."""
+    folder = Path(model)
+    if is_sharded(folder) and not (folder / SINGLE_FILE).is_file():
+        Source(folder, check_total=False)  # transformers takes an index that is wrong in silence
     try:
-        loaded, report = kind.from_pretrained(model, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        # Mismatches are refused below, with their names.
+        loaded, report = kind.from_pretrained(model, output_loading_info=True, ignore_mismatched_sizes=True)
+    except Exception as error:  # whatever transformers makes of a file that is not what it should be
+        _refuse_broken_files(folder)
+        if isinstance(error, UnpicklingError):
+            raise InputError(f"{model}: its pickled weights are damaged or no tensors; give safetensors") from None
         raise InputError(f"cannot load model {model}: {first_line(error)}") from None
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        raise InputError(f"{model}: {name} is {list(stored)}, and {list(wanted)} in {type(loaded).__name__}")
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"{model} lacks {len(missing)} weights of a {type(loaded).__name__}, {missing[0]} among them")
@@ -102,17 +117,17 @@ def load_tokenizer(model: str) -> Any:
     transformers = require_transformers()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever transformers makes of a file that is not what it should be
         raise InputError(f"cannot load the tokenizer of {model}: {first_line(error)}") from None
     if len(tokenizer) < 100:  # a vocabulary that was not found leaves only the special tokens
         raise InputError(f"the tokenizer of {model} knows only {len(tokenizer)} tokens; is vocab.txt there?")
     return tokenizer
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _refuse_broken_files(folder: Path) -> None:
+    """Raise, naming the file, where a safetensors checkpoint is damaged."""
+    if is_sharded(folder) or (folder / SINGLE_FILE).is_file():
+        Source(folder, check_total=False)
 
 
 def _refuse_missing_folder(model: str) -> None:

@@ -166,6 +166,7 @@ def test_a_norm_with_hooks_is_not_folded(models):
     assert norms_left(SplitQuantPass()(model)) == ["1"]
 
 
+@pytest.mark.filterwarnings("ignore:SplitQuantPass splits no layer")
 def test_a_parametrized_convolution_is_not_folded(models, images, assert_same_function):
     conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
     model = models.settle(nn.Sequential(conv, nn.BatchNorm2d(4))).eval()

@@ -203,3 +203,48 @@ def test_half_precision_inputs_are_summed_in_the_wider_type() -> None:
     batch = torch.full((5000, 2), 8.0, dtype=torch.float16)
     found = collect_second_moments(layer, [batch, batch], {"layer": layer}, dtype=torch.float32)["layer"]
     torch.testing.assert_close(found.matrix, torch.full((1, 2, 2), 64.0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("bad", "cause"),
+    [
+        (torch.zeros(2, 5, 3), r": first takes 4 features, and gets \(2, 5, 3\)"),
+        ({"y": torch.zeros(2, 4)}, r" does not fit TwoLayers \(TypeError: .*unexpected keyword argument 'y'"),
+        ((), r" does not fit TwoLayers \(TypeError: .*missing 1 required positional argument"),
+        (torch.zeros(2, 4, dtype=torch.int64), r" does not fit TwoLayers \(RuntimeError: .*dtype"),
+        (torch.full((2, 4), torch.nan), ": first: its calibration inputs contain NaN"),
+    ],
+    ids=["shape", "key", "none", "dtype", "nan"],
+)
+def test_a_batch_that_does_not_fit_is_named(model: TwoLayers, batches: list[Tensor], bad: object, cause: str) -> None:
+    with pytest.raises(InputError, match=f"calibration batch 3{cause}"):
+        collect_second_moments(model, [*batches[:2], bad, batches[2]], linears(model))
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_a_batch_of_a_wrong_type_is_counted_from_one(model: TwoLayers, batches: list[Tensor]) -> None:
+    with pytest.raises(InputError, match="calibration batch 2 is a str"):
+        collect_second_moments(model, [batches[0], "text"], linears(model))
+
+
+@pytest.mark.parametrize("single", [{"x": torch.zeros(2, 4)}, 5])
+def test_what_is_no_list_of_batches_is_an_error(model: TwoLayers, single: object) -> None:
+    with pytest.raises(InputError, match=rf"calibration is a {type(single).__name__}: give a list"):
+        collect_second_moments(model, single, linears(model))
+
+
+def test_running_out_of_memory_is_not_blamed_on_the_batch(batches: list[Tensor]) -> None:
+    class Full(TwoLayers):
+        def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            raise torch.OutOfMemoryError("full")
+
+    full = Full()
+    with pytest.raises(torch.OutOfMemoryError):
+        collect_second_moments(full, batches, linears(full))
+
+
+@pytest.mark.parametrize("inputs", [torch.zeros(2, 4, 6, 6), torch.zeros(5, 6, 6), torch.zeros(6)])
+def test_a_convolution_with_inputs_of_other_channels_is_named(inputs: Tensor) -> None:
+    layer = nn.Conv2d(3, 6, 3)
+    with pytest.raises(InputError, match="calibration batch 1: conv takes 3 features, and gets"):
+        collect_second_moments(layer, [inputs], {"conv": layer})

@@ -301,3 +301,21 @@ def test_what_is_refused(net, batches, plugins):
 def test_statistics_within_a_limit_give_a_solution_too(net, batches, plugins):
     DecoupleQPass(calibration=batches, calibration_bytes=1, plugins=plugins, **FAST).apply(net, grid=GRID)
     assert len(manifest_of(net).solved) == 8
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"sequential": False}, {"tune_blocks": True, "epochs": 1}])
+def test_a_batch_that_does_not_fit_is_named_and_the_model_is_put_back(net, number, options):
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    batches = [torch.randn(8, 6) for _ in range(3)]
+    batches[number - 1] = torch.randn(8, 5)
+    with pytest.raises(InputError, match=f"calibration batch {number}[: ]"):
+        DecoupleQPass(calibration=batches, **FAST, **options).apply(net, grid=GRID)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_passes_in_a_row_print_as_they_are_written():
+    first, second = SplitQuantPass(k=2), DecoupleQPass(calibration=[], bits=3)
+    assert repr(first + second) == f"{first!r} + {second!r}"
+    assert repr(first + second) == repr(SplitQuantPass(k=2) + DecoupleQPass(calibration=[], bits=3))
+    assert repr(first + second) != repr(SplitQuantPass(k=4) + second)

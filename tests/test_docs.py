@@ -4,10 +4,12 @@ import inspect
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from splitquant_plugins import hookspecs
+from splitquant_plugins import hookspecs, manifest_of
 from splitquant_plugins.plugins import Plugins
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,6 +19,16 @@ DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("do
 def blocks(path: Path, language: str) -> list[str]:
     found = re.findall(rf"^```{language}\n(.*?)^```", path.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     return [textwrap.dedent(block) for block in found]
+
+
+@pytest.fixture
+def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_line_ends_in_spaces(path: Path) -> None:
+    assert not re.findall(r"[ \t]+$", path.read_text("utf-8"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -79,3 +91,78 @@ def test_every_splitter_and_backend_has_a_page() -> None:
     for kind, table in (("splitters", plugins.splitters), ("backends", plugins.backends)):
         for name in table:
             assert (ROOT / "docs" / kind / f"{name}.md").is_file(), f"docs/{kind}/{name}.md"
+
+
+def runs(text: str, scope: dict[str, Any], document: str = "README.md") -> dict[str, Any]:
+    """Run the one Python block of a document that holds a text, with what its comments say it is given."""
+    (block,) = [block for block in blocks(ROOT / document, "python") if text in block]
+    exec(compile(block, document, "exec"), scope)
+    return scope
+
+
+@pytest.mark.usefixtures("_in_a_folder")
+def test_recipes_of_the_readme_for_quanto_work(models: Any) -> None:
+    pytest.importorskip("optimum.quanto")
+    models.bert().save_pretrained("float")
+    assert manifest_of(runs("AutoModelForSequenceClassification.from_pretrained(", {"name": "float"})["model"]).split
+    model = models.bert()
+    scope = runs("splitquant_quanto.save", {"model": model})
+    assert scope["model"] is not model
+    assert manifest_of(scope["model"]).split
+
+
+@pytest.mark.filterwarnings("ignore")  # INC's own
+def test_recipes_of_the_readme_for_inc_work(models: Any) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("neural_compressor")
+    model = runs("SplitQuantPass() + RTNConfig(bits=2, use_sym=False, group_size=-1)))", {"model": models.mlp()})[
+        "model"
+    ]
+    assert manifest_of(model).split
+    batches = [torch.randn(16, 12) for _ in range(2)]
+    scope = runs("on_parts", {"model": models.mlp(), "batches": batches})
+    assert len(manifest_of(scope["model"]).solved) == 3
+
+
+@pytest.mark.filterwarnings("ignore")  # torchao's own
+def test_the_recipe_of_the_readme_for_pt2e_works(models: Any) -> None:
+    pytest.importorskip("torchao")
+    inputs = (torch.randn(4, 12),)
+    model = runs("LowBitWeightQuantizer", {"model": models.mlp(), "inputs": inputs})["model"]
+    assert manifest_of(model).split
+    assert model(*inputs).shape == (4, 2)
+
+
+@pytest.mark.usefixtures("_in_a_folder")
+def test_a_float_split_model_is_saved_and_loaded_as_the_readme_says(models: Any) -> None:
+    from splitquant_plugins import SplitQuantPass
+
+    model = SplitQuantPass()(models.conv())
+    loaded = runs("save_model", {"model": model, "unsplit": models.conv()})["model"].eval()
+    images = torch.randn(2, 3, 16, 16)
+    assert loaded is not model
+    assert torch.equal(loaded(images), model(images))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("_in_a_folder")
+def test_transformers_loads_a_float_split_model_wrongly_as_the_readme_warns(models: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    from splitquant_plugins import SplitQuantPass
+    from splitquant_plugins.errors import InputError
+    from splitquant_plugins.transformers_models import load_model
+
+    model = SplitQuantPass()(models.bert())
+    model.save_pretrained("wrong")
+    tokens = torch.randint(3, 99, (2, 8))
+    wrong = transformers.BertForSequenceClassification.from_pretrained("wrong").eval()
+    assert not torch.allclose(wrong(tokens).logits, model(tokens).logits, atol=1e-3)
+    with pytest.raises(InputError, match="lacks 28 weights"):  # the command line sees it
+        load_model("wrong")
+    # As the README says to do it; transformers finds nothing there that it would take for a model.
+    model.config.save_pretrained("split")
+    unsplit = transformers.BertForSequenceClassification(transformers.BertConfig.from_pretrained("split")).eval()
+    loaded = runs("save_model", {"model": model, "unsplit": unsplit})["model"]
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    with pytest.raises(OSError, match="no file named"):
+        transformers.BertForSequenceClassification.from_pretrained("split")

@@ -118,3 +118,9 @@ def test_it_is_no_part_of_the_state(models):
     model = SplitQuantPass()(models.mlp())
     assert all(isinstance(tensor, torch.Tensor) for tensor in model.state_dict().values())
     assert isinstance(model.splitquant_manifest, Manifest)
+
+
+def test_folders_may_be_text(models, tmp_path):
+    manifest = manifest_of(SplitQuantPass()(models.mlp()))
+    assert manifest.save(str(tmp_path)) == tmp_path / FILE_NAME
+    assert Manifest.load(str(tmp_path)) == manifest

@@ -53,10 +53,13 @@ def test_no_bias_answers_none():
 
 
 @pytest.mark.parametrize("value", [nn.Parameter(torch.zeros(4, 5)), torch.zeros(4, 5)])
-def test_assigning_a_weight_is_an_error(split, value):
-    with pytest.raises((KeyError, AttributeError)):
-        split.weight = value
-    assert "weight" not in split._parameters
+@pytest.mark.parametrize("role", ["weight", "bias"])
+def test_assigning_a_weight_is_an_error_that_says_what_to_do(split, role, value):
+    before = split.weight.clone()
+    with pytest.raises(AttributeError, match=rf"the {role} of a SplitLinear .* before the split, .*\.lower\.{role}"):
+        setattr(split, role, value)
+    assert role not in split._parameters
+    assert torch.equal(split.weight, before)
 
 
 def test_a_linear_answers_for_its_features(split):

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from splitquant_plugins import LayerPlan, Skip, SplitQuantPass, hookimpl, manifest_of
-from splitquant_plugins.errors import ConfigError, PluginError
+from splitquant_plugins import LayerPlan, Skip, SplitQuantPass, UniformGrid, hookimpl, manifest_of
+from splitquant_plugins.errors import ConfigError, PluginError, SplitQuantWarning
 from splitquant_plugins.modules import SplitModule
+
+NOTHING_SPLIT = pytest.mark.filterwarnings("ignore:SplitQuantPass splits no layer")
 
 
 def kept(model: nn.Module) -> dict[str, str]:
@@ -150,12 +152,14 @@ def test_a_subclass_with_its_own_forward_is_left_whole(assert_same_function):
     assert_same_function(model, reference, torch.randn(2, 4))
 
 
+@NOTHING_SPLIT
 def test_a_forward_put_on_the_instance_is_kept():
     layer = nn.Linear(4, 4)
     layer.forward = lambda x: x
     assert "forward of its own" in kept(SplitQuantPass()(nn.Sequential(layer)))["0"]
 
 
+@NOTHING_SPLIT
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
 def test_a_layer_with_hooks_is_left_whole(hook):
     layer = nn.Linear(4, 4)
@@ -163,6 +167,7 @@ def test_a_layer_with_hooks_is_left_whole(hook):
     assert "hooks" in kept(SplitQuantPass()(nn.Sequential(layer)))["0"]
 
 
+@NOTHING_SPLIT
 @pytest.mark.parametrize("layer", [nn.ConvTranspose1d(4, 4, 2), nn.ConvTranspose2d(4, 4, 2)])
 def test_transposed_convolutions_are_left_whole(layer):
     assert "transposed" in kept(SplitQuantPass()(nn.Sequential(layer)))["0"]
@@ -171,6 +176,7 @@ def test_transposed_convolutions_are_left_whole(layer):
 def test_lazy_layers_are_left_whole():
     model = SplitQuantPass()(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4)))
     assert names_split(model) == ["1"]
+    assert "no weight yet" in kept(model)["0"]
 
 
 class Kernel(nn.Module):
@@ -236,3 +242,22 @@ def test_a_kind_that_nothing_builds_is_an_error(plugins):
     nn.init.normal_(model[0].weight)
     with pytest.raises(PluginError, match="builds a split module of kind 'strange'"):
         SplitQuantPass(plugins=plugins)(model)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_values_is_left_whole():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 0))
+    split = SplitQuantPass(splitter="grid").apply(model, grid=UniformGrid(2))
+    assert names_split(split) == ["0"]
+    assert kept(split)["1"] == "it has no values"
+
+
+@pytest.mark.parametrize("model", [nn.LSTM(3, 4), nn.Sequential(nn.ConvTranspose2d(3, 4, 2)), nn.Embedding(3, 4)])
+def test_a_model_of_which_nothing_is_split_is_a_warning_with_the_reasons(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.warns(
+        SplitQuantWarning, match=f"splits no layer of this {type(model).__name__}: .*(of no type|not supp)"
+    ):
+        split = SplitQuantPass()(model)
+    assert not names_split(split)
+    assert all(torch.equal(value, before[name]) for name, value in split.state_dict().items())

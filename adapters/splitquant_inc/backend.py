@@ -16,7 +16,7 @@ from splitquant_plugins.errors import ConfigError, InputError
 from splitquant_plugins.manifest import ATTRIBUTE
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from splitquant_plugins.grid import Grid
     from splitquant_plugins.split_pass import ModelPass
@@ -76,6 +76,7 @@ class IncBackend(Backend):
         from splitquant_inc.storage import state_of
         from splitquant_inc.stored import stored_layers
         from splitquant_plugins.checkpoint import state_bytes
+        from splitquant_plugins.evaluate import run_of
 
         transposed = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
         recipe = _recipe(chosen, model)
@@ -92,22 +93,13 @@ class IncBackend(Backend):
         layers = stored_layers(model, transposed)
         if not layers:
             raise InputError(_nothing(model))
-        manifest = getattr(model, ATTRIBUTE, None)
-        split_seconds = manifest.seconds if manifest is not None else 0.0
-
-        @torch.no_grad()
-        def run(batch: Batch) -> Tensor:
-            output = model(**batch)
-            return output.logits if hasattr(output, "logits") else output
-
         return QuantizedModel(
             model=model,
-            run=run,
+            run=run_of(model),
             layers=layers,
             state_bytes=state_bytes(state_of(model)[0]),
-            split_seconds=split_seconds,
-            quantize_seconds=seconds - split_seconds,
-            manifest=manifest,
+            seconds=seconds,
+            manifest=getattr(model, ATTRIBUTE, None),
         )
 
     def save(self, quantized: QuantizedModel, folder: Path) -> None:

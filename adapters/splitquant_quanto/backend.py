@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from splitquant_plugins.backends import (
     ROUND_TO_NEAREST,
@@ -20,6 +20,7 @@ from splitquant_plugins.backends import (
 )
 from splitquant_plugins.checkpoint import state_bytes
 from splitquant_plugins.errors import ConfigError
+from splitquant_plugins.evaluate import run_of
 from splitquant_plugins.grid import Grid
 from splitquant_plugins.manifest import manifest_of
 from splitquant_plugins.split_pass import ModelPass
@@ -73,20 +74,13 @@ class QuantoBackend(Backend):
         started = time.perf_counter()
         model = quantize_after(first, model, chosen.weights, method=chosen.method)
         seconds = time.perf_counter() - started
-        manifest = manifest_of(model) if first is not None else None
-        split_seconds = manifest.seconds if manifest else 0.0
-
-        def run(batch: Batch) -> Tensor:
-            return model(**batch).logits
-
         return QuantizedModel(
             model=model,
-            run=run,
+            run=run_of(model),
             layers=stored_layers(model),
             state_bytes=state_bytes(model.state_dict()),
-            split_seconds=split_seconds,
-            quantize_seconds=seconds - split_seconds,
-            manifest=manifest,
+            seconds=seconds,
+            manifest=manifest_of(model) if first is not None else None,
         )
 
     def save(self, quantized: QuantizedModel, folder: Path) -> None:

@@ -27,6 +27,21 @@ def group_size_of(in_features: int, bits: int) -> int | None:
     return next((size for size in (128, 96, 64, 32) if in_features % size == 0), None)
 
 
+def kept_by_tinygemm(shape: torch.Size, dtype: torch.dtype, bits: int) -> bool:
+    """Whether quanto keeps a weight in the format of torch's own int4 kernel, on a CPU too."""
+    size = group_size_of(shape[1:].numel(), bits)
+    return (bits, dtype, size, len(shape)) == (4, torch.bfloat16, 128, 2)
+
+
+def refuse_tinygemm_rows(shape: torch.Size, dtype: torch.dtype, bits: int, device: str = "cpu") -> None:
+    """Raise ConfigError for a weight that torch's int4 kernel cannot hold, where quanto would fail inside."""
+    if device == "cpu" and kept_by_tinygemm(shape, dtype, bits) and shape[0] % 16:
+        raise ConfigError(
+            "quanto keeps bfloat16 INT4 weights in groups of 128 as torch's int4 kernel does, for a multiple of 16 "
+            f"outputs, not {shape[0]}: leave the layer out of quantization, or convert the model to float32 or float16"
+        )
+
+
 @dataclass(frozen=True)
 class QuantoGrid:
     """quanto's weights: INT2 and INT4 affine per row or group, INT8 symmetric per row."""

@@ -16,7 +16,7 @@ from splitquant_plugins.backends import StoredWeight
 from splitquant_plugins.errors import ConfigError, InputError
 from splitquant_plugins.modules import part_owners
 from splitquant_plugins.split_pass import ModelPass
-from splitquant_quanto.grid import QuantoGrid
+from splitquant_quanto.grid import QuantoGrid, refuse_tinygemm_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,12 +47,14 @@ def quantize_after(
     `leave` are patterns of layer names that stay float. `method`, rtn or hqq, chooses scales and shifts. Raises
     InputError where no layer is quantized.
     """
+    bits = int(weights.removeprefix("int"))
+    for name, module in model.named_modules():  # parts have the shape of their layer
+        if isinstance(module, kinds) and not _left(name, leave):
+            _refuse_what_quanto_cannot_hold(name, module, bits)
     if first is not None:
         refuse_activations(first)
         unsupported = [n for n, m in model.named_modules() if _splittable(m) and not isinstance(m, kinds)]
-        model = first.apply(
-            model, grid=QuantoGrid(int(weights.removeprefix("int"))), leave=[*leave, *map(glob.escape, unsupported)]
-        )
+        model = first.apply(model, grid=QuantoGrid(bits), leave=[*leave, *map(glob.escape, unsupported)])
     names = [name for name, module in model.named_modules() if isinstance(module, kinds) and not _left(name, leave)]
     if not names:
         raise InputError(f"quanto finds no layer to quantize in {type(model).__name__}")
@@ -63,6 +65,14 @@ def quantize_after(
     if missed:
         raise InputError(f"quanto did not quantize {len(missed)} of {len(names)} layers, {missed[0]} among them")
     return model
+
+
+def _refuse_what_quanto_cannot_hold(name: str, module: nn.Module, bits: int) -> None:
+    weight = cast("Tensor", module.weight)
+    try:
+        refuse_tinygemm_rows(weight.shape, weight.dtype, bits, weight.device.type)
+    except ConfigError as error:
+        raise ConfigError(f"{name or 'the model'}: {error}") from None
 
 
 def stored_layers(model: nn.Module) -> dict[str, list[StoredWeight]]:

@@ -19,7 +19,7 @@ from optimum.quanto.models.transformers_models import QuantizedTransformersModel
 from optimum.quanto.nn import QModuleMixin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from splitquant_plugins.checkpoint import read_tensors, untied_state, write_tensors
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
@@ -29,7 +29,7 @@ from splitquant_plugins.modules import SplitModule
 from splitquant_plugins.split_pass import SplitQuantPass
 from splitquant_plugins.streaming.headers import TensorSpec
 from splitquant_plugins.streaming.source import Source, is_sharded
-from splitquant_plugins.transformers_models import empty_model, first_line
+from splitquant_plugins.transformers_models import empty_model, load_config
 from splitquant_quanto.grid import group_size_of
 from splitquant_quanto.quantization import LAYERS, quantize_after
 
@@ -103,7 +103,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     except ValidationError as error:
         raise InputError(f"{folder / STORAGE_FILE} is damaged: {error.errors()[0]['msg']}") from None
     if model is None:
-        config = _read_config(folder)
+        config = _config_of(folder)
         with init_empty_weights():
             model = empty_model(config, folder)
     model = apply_manifest(model, manifest)
@@ -169,14 +169,11 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
     return {name: source.read(name) for name in source.names}
 
 
-def _read_config(folder: Path) -> Any:
+def _config_of(folder: Path) -> Any:
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{folder / 'config.json'} is missing or damaged ({first_line(error)}); to load a model that is not of "
-            "transformers, pass the unsplit float model"
-        ) from None
+        return load_config(folder)
+    except InputError as error:
+        raise InputError(f"{error}; for a model that is not of transformers, pass the unsplit float model") from None
 
 
 def _read_qmap(path: Path) -> dict[str, dict[str, str]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from splitquant_plugins.streaming.headers import TensorSpec
 from splitquant_plugins.streaming.packer import Packer
-from splitquant_quanto.grid import QTYPES, QuantoGrid, group_size_of
+from splitquant_quanto.grid import QTYPES, QuantoGrid, group_size_of, kept_by_tinygemm, refuse_tinygemm_rows
 from splitquant_quanto.optimizer import ZeroExactOptimizer
 from splitquant_quanto.quantization import LAYERS, _splittable
 from splitquant_quanto.storage import ACTIVATION_SCALES, saved_tensors, write_description
@@ -38,7 +38,8 @@ class QuantoPacker(Packer):
         return [name for name, m in model.named_modules() if _splittable(m) and not isinstance(m, LAYERS)]
 
     def spec(self, shape: torch.Size, dtype: torch.dtype, *, part: bool) -> dict[str, TensorSpec]:
-        """Codes, scales and shifts, and the scales of activations."""
+        """Codes, scales and shifts, and the scales of activations; ConfigError for what quanto cannot load."""
+        refuse_tinygemm_rows(shape, dtype, self.bits)
         return saved_tensors(shape, dtype, self.bits, part=part)
 
     def pack(self, weight: Tensor, *, part: bool) -> dict[str, Tensor]:
@@ -52,15 +53,11 @@ class QuantoPacker(Packer):
             found = self._quantize_bytes(rows)
         else:
             found = self._quantize_packed(rows, size, part)
-        if self._kept_by_tinygemm(weight, size):
+        if kept_by_tinygemm(weight.shape, weight.dtype, self.bits):
             # tinygemm holds 8 · scale − shift in place of the shift, and rounds it.
             half = 2 ** (self.bits - 1) * found["weight._scale"]
             found["weight._shift"] = half - (-found["weight._shift"] + half)
         return {**found, **last}
-
-    def _kept_by_tinygemm(self, weight: Tensor, size: int | None) -> bool:
-        """Whether quanto keeps the weight in the format of torch's own int4 kernel, on a CPU too."""
-        return (self.bits, weight.dtype, size, weight.ndim) == (4, torch.bfloat16, 128, 2)
 
     def _quantize_whole(self, weight: Tensor, size: int | None, part: bool) -> dict[str, Tensor]:
         """Let quanto itself do it at once; it has rules of its own for a single row."""

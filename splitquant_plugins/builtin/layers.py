@@ -38,6 +38,8 @@ def splitquant_select_layer(name: str, module: nn.Module, config: SplitConfig) -
             return Skip(f"its {role} is parametrized (weight norm or the like); remove the parametrization first")
     if "forward" in module.__dict__ or type(module).forward is not _plain_forward(module):
         return Skip(f"{type(module).__qualname__} has a forward of its own; a plugin can add its layer type")
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return Skip("it has no weight yet; run a batch through the model first")
     if module._forward_hooks or module._forward_pre_hooks:
         return Skip("it has forward hooks, which would be lost; remove them first")
     weight = module._parameters["weight"]

@@ -37,7 +37,8 @@ from splitquant_plugins.cli.options import (
 @click.option(
     "--equal-storage",
     is_flag=True,
-    help="Add plain rows of k times the bits (at most 8, scales not counted) for the split ones.",
+    help="Add plain rows of as many bits as the split ones: k times theirs, or a budget's whole bits (at most 8, "
+    "scales not counted).",
 )
 @grid_options
 @split_options

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import click
 
-from splitquant_plugins.errors import SplitQuantError
+from splitquant_plugins.errors import SplitQuantError, SplitQuantWarning
 
 COMMANDS = {
     "demo": "splitquant_plugins.cli.demo:demo",
@@ -36,10 +36,19 @@ class LazyGroup(click.Group):
         return command
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
+)
 @click.version_option(package_name="splitquant-plugins")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Split layers so that low-bit quantization works: SplitQuant in front of the recipe you have."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help(), err=True)
+        context.exit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,8 +63,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         result = cli.main(args=arguments, prog_name="splitquant", standalone_mode=False)
     except click.ClickException as error:
         return _complain(error.format_message())
-    except (SplitQuantError, OSError) as error:
+    except SplitQuantError as error:
         return _complain(str(error))
+    except OSError as error:
+        return _complain(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except (KeyboardInterrupt, click.Abort):
         click.echo("splitquant: interrupted", err=True)
         return 130
@@ -69,5 +80,5 @@ def _complain(message: str) -> int:
 
 def _one_line_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     """Show the package's own warnings in one line, and leave those of libraries out of a user's sight."""
-    if category is UserWarning and "splitquant" in str(message):
+    if issubclass(category, SplitQuantWarning):
         click.echo(f"splitquant: warning: {' '.join(str(message).split())}", err=True)

@@ -73,4 +73,6 @@ def quantize(
         ("quantize_seconds", "quantize s", report.two_decimals),
     )
     report.print_table(f"{model} in {output}: {backend} {weights}, split {splitter}", [row], columns)
+    if not row["tokenizer_files"]:
+        click.echo(f"{model} has no tokenizer files, and so {output} has none; the model itself is complete")
     report.write_rows(json_path, [row])

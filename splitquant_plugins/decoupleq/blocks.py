@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from splitquant_plugins.calibration import Batches, evaluating, iter_calls
+from splitquant_plugins.calibration import Batches, evaluating, iter_calls, naming_batch
 from splitquant_plugins.errors import ConfigError, InputError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -169,9 +169,10 @@ def capture_inputs(model: nn.Module, block: nn.Module, batches: Batches) -> list
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         with evaluating(model), torch.no_grad():
-            for args, kwargs in iter_calls(model, batches):
+            for number, (args, kwargs) in enumerate(iter_calls(model, batches), start=1):
                 try:
-                    model(*args, **kwargs)
+                    with naming_batch(number, model):
+                        model(*args, **kwargs)
                 except _BlockReached:
                     continue
                 raise InputError("the model did not call the block whose inputs were to be captured")

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.calibration import Batches, SecondMoment, evaluating, iter_calls, iter_second_moments
+from splitquant_plugins.calibration import (
+    Batches,
+    SecondMoment,
+    evaluating,
+    iter_calls,
+    iter_second_moments,
+    naming_batch,
+)
 from splitquant_plugins.decoupleq.blocks import Call, capture_inputs, find_blocks
 from splitquant_plugins.errors import InputError
 
@@ -66,7 +73,8 @@ def _called(model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module])
         for name, block in find_blocks(model):
             hooks.callback(block.register_forward_pre_hook(count(name)).remove)
         for args, kwargs in iter_calls(model, batches):
-            model(*args, **kwargs)
+            with naming_batch(1, model):
+                model(*args, **kwargs)
             return list(order), counts
     raise InputError("no calibration batches: the iterable is empty")
 

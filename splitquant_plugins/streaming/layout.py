@@ -20,7 +20,7 @@ from splitquant_plugins.streaming.headers import TensorSpec
 from splitquant_plugins.streaming.packer import Packer
 from splitquant_plugins.streaming.source import Source
 from splitquant_plugins.surgery import occurrences
-from splitquant_plugins.transformers_models import empty_model, first_line, require_transformers
+from splitquant_plugins.transformers_models import empty_model, load_config
 
 IN_MEMORY = "use --no-stream to load the model into memory"
 
@@ -71,11 +71,7 @@ class Layout:
 
 def empty_skeleton(folder: Path) -> tuple[nn.Module, torch.dtype | None]:
     """Make the model of a folder on the meta device; also return the dtype that its configuration states."""
-    transformers = require_transformers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the configuration of {folder}: {first_line(error)}") from None
+    config = load_config(folder)
     if getattr(config, "quantization_config", None):
         raise AlreadyQuantizedError(f"{folder} is quantized, says its config.json; split first, then quantize")
     with torch.device("meta"):
@@ -137,7 +133,10 @@ def make_layout(source: Source, first: SplitQuantPass, packer: Packer) -> Layout
 def _outputs(layer: str, specs: Mapping[str, TensorSpec], packer: Packer, k: int) -> tuple[tuple[str, TensorSpec], ...]:
     """What a layer is saved as: in `k` parts, which is the most it can become, or whole where k is 0."""
     weight = specs["weight"]
-    made = packer.spec(torch.Size(weight.shape), weight.dtype, part=k > 0)
+    try:
+        made = packer.spec(torch.Size(weight.shape), weight.dtype, part=k > 0)
+    except ConfigError as error:
+        raise ConfigError(f"{layer}: {error}") from None
     if k == 0:
         return tuple((_join(layer, key), spec) for key, spec in made.items())
     made.update({role: spec for role, spec in specs.items() if role != "weight"})

@@ -26,10 +26,11 @@ def is_sharded(folder: str | Path) -> bool:
 class Source:
     """The tensors of a checkpoint, by name. Files are read, not mapped: a file cut short is an error, no crash.
 
-    Raises InputError where the index and the shards contradict each other or themselves.
+    Raises InputError where the index and the shards contradict each other or themselves; `check_total`: also in
+    the size that the index states.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, check_total: bool = True) -> None:
         self.folder = folder
         weight_map, total = _read_index(folder)
         self.files: list[str] = sorted(set(weight_map.values())) if weight_map else [SINGLE_FILE]
@@ -44,7 +45,7 @@ class Source:
         if missing:
             raise InputError(f"{folder / INDEX_FILE}: {weight_map[missing[0]]} has no tensor {missing[0]}")
         held = sum(placed.spec.bytes for _, placed in self._placed.values())
-        if total is not None and total != held:
+        if check_total and total is not None and total != held:
             raise InputError(f"{folder / INDEX_FILE}: total_size is {total}, and the shards hold {held} bytes")
 
     def __contains__(self, name: str) -> bool:

@@ -53,8 +53,12 @@ class Workplace:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep another process from working here at the same time."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as lock:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            opened = (self.folder / "lock").open("w")
+        except OSError as error:
+            raise InputError(f"cannot write {self.output}: {error.strerror}; choose another --output") from None
+        with opened as lock:
             if fcntl is not None:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

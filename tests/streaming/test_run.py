@@ -409,3 +409,11 @@ def test_the_command_line(checkpoints, tmp_path, capsys):
     capsys.readouterr()
     assert command([*arguments[:3], str(tmp_path / "broken"), "--stream"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_what_quanto_could_not_load_is_refused_by_name(checkpoints, stream, tmp_path):
+    folder = checkpoints.save(checkpoints.bert(torch.bfloat16, hidden_size=256, intermediate_size=256))
+    with pytest.raises(ConfigError, match=r"classifier: .*multiple of 16 outputs, not 3"):
+        stream(folder)
+    assert not (tmp_path / "streamed").exists()
+    stream(folder, weights="int8")

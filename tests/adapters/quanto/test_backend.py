@@ -135,3 +135,18 @@ def test_saving_and_loading(backend, plugins, models, tokens, tmp_path):
     backend.save(result, tmp_path)
     with torch.no_grad():
         assert torch.equal(backend.load(tmp_path)(tokens).logits, result.model(tokens).logits)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_rows_that_torchs_int4_kernel_cannot_hold_are_an_error_that_names_the_layer(backend, plugins, split):
+    def model(outputs, dtype=torch.bfloat16):
+        return nn.Sequential(nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 256), nn.Linear(256, outputs)).to(dtype)
+
+    first = SplitQuantPass(plugins=plugins) if split else None
+    unfit = model(24)
+    with pytest.raises(ConfigError, match=r"^3: .*multiple of 16 outputs, not 24"):
+        quantize(backend, unfit, "int4", first)
+    assert not any(isinstance(module, SplitLinear) for module in unfit.modules())
+    for fits in (model(32), model(24, torch.float32)):
+        assert quantize(backend, fits, "int4", first).layers_quantized == (9 if split else 3)
+    assert quantize(backend, model(24), "int2", first).layers_quantized == (9 if split else 3)

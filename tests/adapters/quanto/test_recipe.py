@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from splitquant_plugins import SplitQuantPass, manifest_of
+from splitquant_plugins import DecoupleQPass, SplitQuantPass, manifest_of
 from splitquant_plugins.errors import ConfigError, MissingExtraError
 from splitquant_plugins.modules import SplitModule
 
@@ -167,3 +167,19 @@ def test_a_missing_extra_names_the_extra(plugins, monkeypatch):
     monkeypatch.setattr("splitquant_plugins.backends.metadata.version", version)
     with pytest.raises(MissingExtraError, match=r'pip install "splitquant-plugins\[quanto\]"'):
         SplitQuantPass(plugins=plugins) + transformers.QuantoConfig(weights="int2")
+
+
+@torch.no_grad()
+def test_values_chosen_on_the_parts_reach_quanto(saved, plugins, tokens):
+    batches = [{"input_ids": torch.randint(3, 99, (8, 12))} for _ in range(4)]
+    solved = DecoupleQPass(calibration=batches, plugins=plugins, rounds=1, starts=(1.0,))
+    recipe = SplitQuantPass(plugins=plugins, k=2) + solved + transformers.QuantoConfig(weights="int2")
+    model = load(saved, recipe)
+    manifest = manifest_of(model)
+    assert len(manifest.split) == len(manifest.solved) == 14
+    assert len(quantized_layers(model)) == 2 * 14
+    plain = load(saved, transformers.QuantoConfig(weights="int2"))
+    expected = load(saved)(tokens).logits
+    error = (model(tokens).logits - expected).norm() / expected.norm()
+    assert error < 0.2
+    assert error < (plain(tokens).logits - expected).norm() / expected.norm()

@@ -1,0 +1,79 @@
+"""`splitquant quantize`: where it writes to, and what it says of tokenizers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from splitquant_plugins.cli.main import run
+
+pytest.importorskip("optimum.quanto")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that cannot be written")
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_an_output_that_cannot_be_written_is_named(
+    stream: str, classifier: Callable[..., Path], fails: Callable[..., str]
+) -> None:
+    line = fails("quantize", classifier(), stream, "--output", "/proc/out")
+    assert "cannot write /proc/out: " in line
+    assert "choose another --output" in line
+    assert "/proc/." not in line
+
+
+def test_a_failure_while_saving_names_the_output_and_leaves_nothing(
+    classifier: Callable[..., Path], fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from splitquant_quanto.backend import QuantoBackend
+
+    def save(self: object, quantized: object, folder: Path) -> None:
+        (folder / "half").write_text("")
+        raise OSError(28, "No space left on device", str(folder / "model.safetensors"))
+
+    monkeypatch.setattr(QuantoBackend, "save", save)
+    folder = classifier()
+    line = fails("quantize", folder, "--output", tmp_path / "made" / "out")
+    assert f"cannot write {tmp_path / 'made' / 'out'}: No space left on device" in line
+    assert not list((tmp_path / "made").iterdir())
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+@pytest.mark.parametrize("vocabulary", [True, False])
+def test_a_model_without_a_tokenizer_is_said_to_be_one(
+    vocabulary: bool,
+    stream: str,
+    classifier: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, output, rows = classifier(vocabulary=vocabulary), tmp_path / "out", tmp_path / "rows.json"
+    assert run(["quantize", str(folder), stream, "--output", str(output), "--json", str(rows)]) == 0
+    (row,) = json.loads(rows.read_text())
+    assert row["tokenizer_files"] == (["vocab.txt"] if vocabulary else [])
+    assert (output / "vocab.txt").exists() is vocabulary
+    assert ("no tokenizer files" in capsys.readouterr().out) is not vocabulary
+
+
+def test_the_tokenizer_of_a_hub_model_is_copied_too(
+    classifier: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    import splitquant_plugins.quantize as module
+    from splitquant_plugins.transformers_models import load_model
+
+    folder = classifier()
+    asked = []
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, "vocab.txt" in allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(module, "load_model", lambda name: load_model(str(folder)))
+    assert run(["quantize", "somebody/model", "--output", str(tmp_path / "out")]) == 0
+    assert asked == [("somebody/model", True)]
+    assert (tmp_path / "out" / "vocab.txt").is_file()
