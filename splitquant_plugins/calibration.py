@@ -77,8 +77,8 @@ def iter_second_moments(
     """
     if not dtype.is_floating_point:
         raise ConfigError(f"dtype={dtype}: second moments need a floating-point type, such as torch.float64")
-    sizes = {name: _moment_shape(name, layer) for name, layer in layers.items()}
-    passes = _plan_passes(sizes, dtype.itemsize, max_bytes)
+    sizes = {name: moment_shape(name, layer) for name, layer in layers.items()}
+    passes = plan_passes(sizes, dtype.itemsize, max_bytes)
     if len(passes) > 1 and isinstance(batches, Iterator):
         raise InputError(
             f"the second moments of {len(sizes)} layers take more than max_bytes={max_bytes}, so the batches "
@@ -86,7 +86,7 @@ def iter_second_moments(
             "a function that returns a new iterator, or raise max_bytes"
         )
     for names in passes:
-        sums = {name: _RunningMean(name, layers[name], sizes[name], dtype) for name in names}
+        sums = {name: RunningMean(name, layers[name], sizes[name], dtype) for name in names}
         _observe(model, batches, sums)
         # Hand over one at a time, so that a consumer can free each matrix before it takes the next.
         for name in names:
@@ -115,11 +115,11 @@ def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
     out_axes = list(range(3, 3 + spatial))
     kernel_axes = list(range(3 + spatial, 3 + 2 * spatial))
     patches = patches.permute(1, 0, *out_axes, 2, *kernel_axes)
-    return patches.reshape(layer.groups, -1, _moment_shape("", layer)[-1])
+    return patches.reshape(layer.groups, -1, moment_shape("", layer)[-1])
 
 
-class _RunningMean:
-    """The streaming mean of x xᵀ of one layer."""
+class RunningMean:
+    """The streaming mean of x xᵀ, or of y xᵀ, over the inputs x of one layer: `matrix`, after `samples` rows."""
 
     def __init__(self, name: str, layer: nn.Module, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         self.name = name
@@ -127,7 +127,16 @@ class _RunningMean:
         self.matrix = torch.zeros(shape, dtype=dtype, device=next(layer.parameters()).device)
         self.samples = 0
 
-    def add(self, inputs: Tensor, mask: Tensor | None) -> None:
+    def add(self, inputs: Tensor, mask: Tensor | None, others: Tensor | None = None) -> None:
+        """Take in the inputs of a call; `others`, of the same shape, are the y."""
+        if others is None:
+            for rows in self._rows(inputs, mask):
+                self._add(rows, rows)
+        else:
+            for rows, other in zip(self._rows(inputs, mask), self._rows(others, mask), strict=True):
+                self._add(rows, other)
+
+    def _rows(self, inputs: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
         layer = self.layer
         is_convolution = isinstance(layer, _CONVOLUTIONS)
         if not is_convolution and mask is not None and inputs.ndim >= 3 and inputs.shape[:2] == mask.shape:
@@ -149,29 +158,26 @@ class _RunningMean:
             inputs = inputs.unsqueeze(0)
         per_example = max(inputs[:1].numel(), 1) * (self._taps() if is_convolution else 1)
         for chunk in torch.split(inputs, max(_CHUNK_ELEMENTS // per_example, 1)):
-            self._add_rows(input_rows(layer, chunk).to(self.matrix))
+            yield input_rows(layer, chunk).to(self.matrix)
 
     def _taps(self) -> int:
         return int(self.layer.weight[0, 0].numel()) if isinstance(self.layer, _CONVOLUTIONS) else 1
 
-    def _add_rows(self, rows: Tensor) -> None:
+    def _add(self, rows: Tensor, others: Tensor) -> None:
         if rows.shape[1] == 0:
             return
         total = self.samples + rows.shape[1]
-        self.matrix.baddbmm_(rows.mT, rows, beta=self.samples / total, alpha=1 / total)
+        self.matrix.baddbmm_(others.mT, rows, beta=self.samples / total, alpha=1 / total)
         self.samples = total
 
 
-def _observe(model: nn.Module, batches: Batches, means: Mapping[str, _RunningMean]) -> None:
+def _observe(model: nn.Module, batches: Batches, means: Mapping[str, RunningMean]) -> None:
     """One pass over the batches, with a hook on each layer."""
     mask: Tensor | None = None
 
-    def hook_of(mean: _RunningMean) -> Callable[..., None]:
+    def hook_of(mean: RunningMean) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = args[0] if args else next(iter(kwargs.values()), None)
-            if not isinstance(inputs, Tensor):
-                raise InputError(f"{mean.name}: expected a tensor as input, found {type(inputs).__name__}")
-            mean.add(inputs, mask)
+            mean.add(only_input(mean.name, args, kwargs), mask)
 
         return hook
 
@@ -187,6 +193,14 @@ def _observe(model: nn.Module, batches: Batches, means: Mapping[str, _RunningMea
             seen = True
     if not seen:
         raise InputError("no calibration batches: the iterable is empty (or a one-shot iterator was used up)")
+
+
+def only_input(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The tensor that a layer is called with; InputError where it is none."""
+    inputs = args[0] if args else next(iter(kwargs.values()), None)
+    if not isinstance(inputs, Tensor):
+        raise InputError(f"{name}: expected a tensor as input, found {type(inputs).__name__}")
+    return inputs
 
 
 def iter_calls(model: nn.Module, batches: Batches) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
@@ -249,8 +263,8 @@ def _to_device(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _moment_shape(name: str, layer: nn.Module) -> tuple[int, int, int]:
-    """Groups, d, d of a layer."""
+def moment_shape(name: str, layer: nn.Module) -> tuple[int, int, int]:
+    """Groups, d, d of a layer's second moment; ConfigError for a layer of another kind, with its name."""
     weight = getattr(layer, "weight", None)
     if isinstance(layer, _CONVOLUTIONS):
         return layer.groups, layer.weight[0].numel(), layer.weight[0].numel()
@@ -264,7 +278,7 @@ def _moment_shape(name: str, layer: nn.Module) -> tuple[int, int, int]:
     )
 
 
-def _plan_passes(sizes: Mapping[str, tuple[int, int, int]], itemsize: int, max_bytes: int | None) -> list[list[str]]:
+def plan_passes(sizes: Mapping[str, tuple[int, int, int]], itemsize: int, max_bytes: int | None) -> list[list[str]]:
     """Consecutive runs of layers whose matrices fit into max_bytes together."""
     if max_bytes is not None and max_bytes < 1:
         raise ConfigError(f"max_bytes={max_bytes}: give a positive number of bytes, or None for no limit")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,16 +19,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from splitquant_plugins.calibration import Batches, evaluating, iter_calls
+from splitquant_plugins.calibration import Batches, SecondMoment, evaluating, iter_calls, iter_second_moments
 from splitquant_plugins.check import refuse_quantized_model, refuse_unfit_weights
 from splitquant_plugins.config import SplitConfig, validated
 from splitquant_plugins.decoupleq.alternation import SolveOptions
 from splitquant_plugins.decoupleq.backend_grid import target_of
 from splitquant_plugins.decoupleq.blocks import BlockOptions, block_outputs, other_parameters
+from splitquant_plugins.decoupleq.drift import iter_moments_with_drift, with_drift
 from splitquant_plugins.decoupleq.joint import most_parts
 from splitquant_plugins.decoupleq.on_grid import GridSolution, solve_on_grid
 from splitquant_plugins.decoupleq.resume import Finished, fingerprint
-from splitquant_plugins.decoupleq.stages import BlockInputs, Stage, moments_of, stages_of
+from splitquant_plugins.decoupleq.stages import BlockInputs, Stage, stages_of
 from splitquant_plugins.decoupleq.tuning import SolvedLayer, tuned_solutions
 from splitquant_plugins.errors import AlreadySplitError, ConfigError, InputError
 from splitquant_plugins.grid import Grid, GridGranularity, Scheme, UniformGrid
@@ -54,7 +56,10 @@ class DecoupleQConfig(BaseModel):
     scheme: Scheme | None = Field(None, description="affine or symmetric; None: the recipe's, or affine")
     include: tuple[str, ...] = Field((), description="shell patterns of layer names; empty: all layers")
     exclude: tuple[str, ...] = Field((), description="shell patterns of layer names that keep plain rounding")
-    sequential: bool = Field(True, description="solve blocks in order, each on inputs that the solved ones make")
+    sequential: bool = Field(True, description="solve layers in order, each on inputs that the solved ones make")
+    drift: float = Field(
+        0.5, ge=0, le=1, description="with sequential: part of what the layers before lost that a layer makes up for"
+    )
     tune_blocks: bool = Field(False, description="then train scales, zeros and norms of each block")
     tune_norms: bool = Field(True, description="with tune_blocks: train the norms' parameters too")
     tune_biases: bool = Field(False, description="with tune_blocks: train the layers' biases too")
@@ -310,42 +315,82 @@ class _Run:
     def _solved(self, stage: Stage) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
         """Solve the layers of a stage; what to hand to the backend, and the block's other tensors that were trained."""
         config = self.owner.config
-        inputs = None
-        if stage.block is not None:
-            inputs = BlockInputs(self.model, stage.block, self.owner.calibration)
-        tunes = config.tune_blocks and inputs is not None
-        targets = block_outputs(stage.block, inputs.calls) if tunes else []  # type: ignore[arg-type, union-attr]
-        modules = {name: self.layers[name].modules[0] for name in stage.layers}
+        block = self.model if stage.block is None else stage.block
+        inputs = BlockInputs(self.model, block, self.owner.calibration)
+        before = None
+        if config.sequential and config.drift:
+            with self._float_values():
+                before = BlockInputs(self.model, block, self.owner.calibration)
+        tunes = config.tune_blocks and stage.block is not None
+        targets = block_outputs(block, inputs.calls) if tunes else []
         solutions: dict[str, GridSolution] = {}
         floats: dict[str, list[Tensor]] = {}
-        found = moments_of(self.model, self.owner.calibration, modules, inputs, self.owner.calibration_bytes)
-        for name, moment in found:
-            layer = self.layers[name]
-            started = time.perf_counter()
-            if not moment.samples:
-                continue
-            solution = solve_on_grid(layer.weight(), layer.parts(), moment.matrix, layer.grid, self.options, name=name)
-            layer.put(solution.rounded, self.twins[name])
-            floats[name] = solution.floats
-            self.records[name] = ValuesRecord(
-                action="solved",
-                grid=repr(layer.grid),
-                error_before=solution.error_before,
-                error_after=solution.error_after,
-                rounds=solution.rounds,
-                samples=moment.samples,
-                plain_rows=solution.plain_rows,
-                joint=len(layer.modules) > 1,
-                seconds=time.perf_counter() - started,
-            )
-            if tunes:
-                solutions[name] = solution
+        for group in stage.groups:
+            for name, moment, cross in self._moments(group, inputs, before):
+                layer = self.layers[name]
+                started = time.perf_counter()
+                if not moment.samples:
+                    continue
+                weight = layer.weight()
+                if cross is not None:
+                    weight = with_drift(weight, moment.matrix, cross, config.drift, config.damping)
+                solution = solve_on_grid(weight, layer.parts(), moment.matrix, layer.grid, self.options, name=name)
+                layer.put(solution.rounded, self.twins[name])
+                floats[name] = solution.floats
+                self.records[name] = ValuesRecord(
+                    action="solved",
+                    grid=repr(layer.grid),
+                    error_before=solution.error_before,
+                    error_after=solution.error_after,
+                    rounds=solution.rounds,
+                    samples=moment.samples,
+                    plain_rows=solution.plain_rows,
+                    joint=len(layer.modules) > 1,
+                    seconds=time.perf_counter() - started,
+                )
+                if tunes:
+                    solutions[name] = solution
         if not solutions:
             return floats, {}
         assert stage.block is not None
         assert inputs is not None
         trained = self._tune(stage, stage.block, solutions, inputs, targets)
         return {**floats, **{name: solution.floats for name, solution in solutions.items()}}, trained
+
+    def _moments(
+        self, group: Sequence[str], inputs: BlockInputs, before: BlockInputs | None
+    ) -> Iterator[tuple[str, SecondMoment, Tensor | None]]:
+        """Second moments of layers, and where there are the float model's inputs too, those across the two."""
+        modules = {name: self.layers[name].modules[0] for name in group}
+        limit = self.owner.calibration_bytes
+        if before is None:
+            for name, moment in iter_second_moments(inputs, inputs.batches, modules, max_bytes=limit):
+                yield name, moment, None
+        else:
+            yield from iter_moments_with_drift(inputs, before, self._float_values, modules, limit)
+
+    @contextmanager
+    def _float_values(self) -> Iterator[None]:
+        """The float model, for the time of the block."""
+        modules = [
+            (module, original)
+            for name, layer in self.layers.items()
+            for one in (layer, *self.twins[name])
+            for module, original in zip(one.modules, layer.original, strict=True)
+        ]
+        weights = [module.weight for module, _ in modules]
+        trained = {id(parameter): (parameter, parameter.detach().clone()) for parameter, _ in self.undo}
+        for module, original in modules:
+            module.weight = original
+        self.put_back()
+        try:
+            yield
+        finally:
+            for (module, _), weight in zip(modules, weights, strict=True):
+                module.weight = weight
+            with torch.no_grad():
+                for parameter, value in trained.values():
+                    parameter.copy_(value)
 
     def _tune(
         self,

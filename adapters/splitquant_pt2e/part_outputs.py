@@ -38,9 +38,11 @@ def give_parts_outputs(model: GraphModule) -> int:
     """Annotate the output of every part as its input is; return the number of parts that got it."""
     found = 0
     for node in model.graph.nodes:
-        source = node.meta.get(PART)
-        spec = None if source is None else resolved(input_spec(node, node.args[source]))
+        source, annotation = node.meta.get(PART), annotation_of(node)
+        if source is None or annotation is None:
+            continue
+        spec = resolved(input_spec(node, node.args[source]))
         if spec is not None and not getattr(spec, "is_dynamic", False):
-            node.meta[ANNOTATION] = replace(annotation_of(node), output_qspec=spec)
+            node.meta[ANNOTATION] = replace(annotation, output_qspec=spec)
             found += 1
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -10,72 +11,88 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.calibration import (
-    Batches,
-    SecondMoment,
-    evaluating,
-    iter_calls,
-    iter_second_moments,
-    naming_batch,
-)
+from splitquant_plugins.calibration import Batches, evaluating, iter_calls, naming_batch, only_input
 from splitquant_plugins.decoupleq.blocks import Call, capture_inputs, find_blocks
 from splitquant_plugins.errors import InputError
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Layers (by name, in the order in which they are called) that are solved on the same inputs.
+    """Layers by name, in the order in which they are called, in groups of those that get the same tensor.
 
     `block`: the block that they make up, where the model calls it once per batch.
     """
 
     name: str
-    layers: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
     block: nn.Module | None = field(default=None, repr=False)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All layers."""
+        return tuple(itertools.chain(*self.groups))
 
 
 def stages_of(model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module], *, sequential: bool) -> list[Stage]:
     """Group layers by block, in the order in which the model calls them on the first batch.
 
     Layers outside of blocks that are called one after the other make a stage, too; without `sequential` all layers
-    make one. Layers that are never called are in none.
+    make one, of one group. Layers that are never called are in none.
     """
     order, calls = _called(model, batches, layers)
     if not sequential:
-        return [Stage("", tuple(order))] if order else []
+        return [Stage("", (tuple(order),))] if order else []
     blocks = find_blocks(model)
     stages: list[Stage] = []
-    for layer in order:
+    before = None
+    for layer, group in order.items():
         name, block = next(((n, b) for n, b in blocks if not n or layer == n or layer.startswith(f"{n}.")), ("", None))
         if block is not None and calls.get(name, 1) != 1:
             block = None
-        if stages and stages[-1].name == name:
-            stages[-1] = Stage(name, (*stages[-1].layers, layer), block)
+        if not stages or stages[-1].name != name:
+            stages.append(Stage(name, ((layer,),), block))
+        elif group == before:
+            *earlier, last = stages[-1].groups
+            stages[-1] = Stage(name, (*earlier, (*last, layer)), block)
         else:
-            stages.append(Stage(name, (layer,), block))
+            stages[-1] = Stage(name, (*stages[-1].groups, (layer,)), block)
+        before = group
     return stages
 
 
-def _called(model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module]) -> tuple[list[str], dict[str, int]]:
-    """The layers in the order of their first call, and how often each block was called."""
-    order: dict[str, None] = {}
+def _called(
+    model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The layers in the order of their first call, each with the number of its input, and how often blocks were called.
+
+    Layers called one after the other with the same tensor have the same number.
+    """
+    order: dict[str, int] = {}
     counts: dict[str, int] = {}
+    number, last = 0, None
 
     def note(name: str) -> Any:
-        return lambda *_: order.setdefault(name)
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal number, last
+            given = only_input(name, args, kwargs)
+            number += given is not last
+            last = given
+            order.setdefault(name, number)
+
+        return hook
 
     def count(name: str) -> Any:
         return lambda *_: counts.update({name: counts.get(name, 0) + 1})
 
     with evaluating(model), torch.no_grad(), ExitStack() as hooks:
         for name, layer in layers.items():
-            hooks.callback(layer.register_forward_pre_hook(note(name)).remove)
+            hooks.callback(layer.register_forward_pre_hook(note(name), with_kwargs=True).remove)
         for name, block in find_blocks(model):
             hooks.callback(block.register_forward_pre_hook(count(name)).remove)
         for args, kwargs in iter_calls(model, batches):
             with naming_batch(1, model):
                 model(*args, **kwargs)
-            return list(order), counts
+            return order, counts
     raise InputError("no calibration batches: the iterable is empty")
 
 
@@ -99,15 +116,6 @@ class BlockInputs(nn.Module):
         """Replay a call; the mask is only for those who collect statistics."""
         args, kwargs = self.calls[index]
         return self.block(*args, **kwargs)
-
-
-def moments_of(
-    model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module], inputs: BlockInputs | None, max_bytes: int
-) -> Iterator[tuple[str, SecondMoment]]:
-    """Yield the second moments of a stage's layers, from the block's inputs where there are any."""
-    if inputs is None:
-        return iter_second_moments(model, batches, layers, max_bytes=max_bytes)
-    return iter_second_moments(inputs, inputs.batches, layers, max_bytes=max_bytes)
 
 
 def _masks(model: nn.Module, batches: Batches) -> Iterator[Tensor | None]:

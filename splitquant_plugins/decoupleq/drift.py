@@ -1,0 +1,93 @@
+"""What the layers before have lost, and how a layer makes up for it.
+
+Let x be the inputs that the float model gives a layer, and x̂ those that it gets behind solved layers. Its outputs
+should be W x, and are Ŵ x̂. The mean square error of that is, but for a constant, tr((Ŵ - T) H (Ŵ - T)ᵀ) with H the
+mean of x̂ x̂ᵀ, C that of x x̂ᵀ, and T = W C H⁻¹ in the place of W (asymmetric calibration; GPTAQ, arXiv 2504.02692).
+T is estimated from few inputs and by layers that are solved one by one, so only a part of the way from W to T is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from splitquant_plugins.calibration import (
+    RunningMean,
+    SecondMoment,
+    evaluating,
+    moment_shape,
+    naming_batch,
+    only_input,
+    plan_passes,
+)
+from splitquant_plugins.decoupleq.objective import prepared_moment
+
+if TYPE_CHECKING:
+    from splitquant_plugins.decoupleq.stages import BlockInputs
+
+
+def iter_moments_with_drift(
+    now: BlockInputs,
+    before: BlockInputs,
+    float_values: Callable[[], AbstractContextManager[Any]],
+    layers: Mapping[str, nn.Module],
+    max_bytes: int,
+) -> Iterator[tuple[str, SecondMoment, Tensor | None]]:
+    """Yield each layer's name, second moment H [groups, d, d], and C of the same shape.
+
+    `now` and `before` are the inputs of the same block in the model as it is and in the float model, to whose values
+    `float_values` switches for a while. C is None where the two do not call the layer alike, as with routed experts.
+    """
+    sizes = {name: moment_shape(name, layer) for name, layer in layers.items()}
+    itemsize = torch.float64.itemsize
+    for names in plan_passes(sizes, 2 * itemsize, max_bytes):
+        own = {name: RunningMean(name, layers[name], sizes[name], torch.float64) for name in names}
+        pairs = {name: RunningMean(name, layers[name], sizes[name], torch.float64) for name in names}
+        unlike: set[str] = set()
+        for index, mask in enumerate(now.masks):
+            with naming_batch(index + 1, now.block):
+                with float_values():
+                    wanted = _inputs(before, index, {name: layers[name] for name in names})
+                found = _inputs(now, index, {name: layers[name] for name in names})
+                for name in names:
+                    for inputs in found[name]:
+                        own[name].add(inputs, mask)
+                    if [one.shape for one in wanted[name]] != [one.shape for one in found[name]]:
+                        unlike.add(name)
+                    if name not in unlike:
+                        for inputs, others in zip(found[name], wanted[name], strict=True):
+                            pairs[name].add(inputs, mask, others)
+        for name in names:
+            mean, pair = own.pop(name), pairs.pop(name)
+            yield name, SecondMoment(mean.matrix, mean.samples), None if name in unlike else pair.matrix
+
+
+def with_drift(weight: Tensor, moment: Tensor, cross: Tensor, part: float, damping: float) -> Tensor:
+    """The weight [out, ...] moved by `part` of the way to T = W C H⁻¹, with H damped as for the solution.
+
+    `moment` and `cross` are H and C, [groups, d, d], with the mean taken over the same inputs.
+    """
+    rows = weight.detach().double().reshape(len(moment), -1, moment.shape[-1])
+    damped = torch.stack([prepared_moment(one, damping) for one in moment])
+    lost = rows @ (cross - moment).to(damped)
+    moved = rows + part * torch.linalg.solve(damped, lost.mT).mT
+    return moved.reshape(weight.shape).to(weight.dtype)
+
+
+@torch.no_grad()
+def _inputs(block: BlockInputs, index: int, layers: Mapping[str, nn.Module]) -> dict[str, list[Tensor]]:
+    """What the layers get while the block runs on one of its inputs, call by call."""
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def hook_of(name: str) -> Callable[..., None]:
+        return lambda _, args, kwargs: found[name].append(only_input(name, args, kwargs))
+
+    with evaluating(block), ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_pre_hook(hook_of(name), with_kwargs=True).remove)
+        block(index)
+    return found

@@ -1,0 +1,150 @@
+"""Targets that make up for what the layers before have lost."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from splitquant_plugins import DecoupleQPass, UniformGrid
+from splitquant_plugins.decoupleq.drift import iter_moments_with_drift, with_drift
+from splitquant_plugins.decoupleq.stages import BlockInputs, stages_of
+
+GRID = UniformGrid(2, "affine", "channel")
+
+
+class Attention(nn.Module):
+    """Three layers with one input, and one behind them."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x, attention_mask=None):
+        return x + self.out(torch.tanh(self.query(x)) * self.key(x) + self.value(x))
+
+
+class Routed(nn.Module):
+    """Sends rows to its layer by their values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.expert = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.expert(x[x[:, 0] > 0])
+
+
+def stack(depth: int = 4, width: int = 8) -> nn.Module:
+    return nn.Sequential(*[Attention(width) for _ in range(depth)]).eval()
+
+
+@contextmanager
+def with_weight(layer: nn.Linear, weight: torch.Tensor):
+    before = layer.weight
+    layer.weight = nn.Parameter(weight)
+    yield
+    layer.weight = before
+
+
+def moments(model, batches, layers, changed: nn.Linear, weight: torch.Tensor, max_bytes: int = 2**20):
+    """Moments with `changed` as it is now, against those with `weight` in its place."""
+    now = BlockInputs(model, model, batches)
+    return {
+        name: (moment, cross)
+        for name, moment, cross in iter_moments_with_drift(
+            now, now, lambda: with_weight(changed, weight), layers, max_bytes
+        )
+    }
+
+
+def test_layers_with_the_same_input_make_a_group():
+    model = stack(2)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    stages = stages_of(model, [torch.randn(2, 3, 8)], layers, sequential=True)
+    assert [stage.groups for stage in stages] == [
+        ((f"{number}.query", f"{number}.key", f"{number}.value"), (f"{number}.out",)) for number in (0, 1)
+    ]
+
+
+def test_the_whole_drift_is_the_least_squares_target():
+    weight = torch.randn(5, 6)
+    wanted, found = torch.randn(200, 6).double(), torch.randn(200, 6).double()
+    found = wanted + 0.3 * found
+    moment, cross = (found.T @ found / 200)[None], (wanted.T @ found / 200)[None]
+    target = with_drift(weight, moment, cross, 1.0, 0.0)
+    expected = torch.linalg.lstsq(found, wanted @ weight.double().T).solution.T
+    torch.testing.assert_close(target.double(), expected, rtol=1e-4, atol=1e-5)
+    halfway = with_drift(weight, moment, cross, 0.5, 0.0)
+    torch.testing.assert_close(halfway, (weight + target) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_grouped_convolutions_have_a_target_per_group():
+    weight = torch.randn(4, 3, 2, 1)
+    moment = torch.stack([torch.eye(6), 2 * torch.eye(6)]).double()
+    cross = torch.stack([torch.eye(6), torch.eye(6)]).double()
+    target = with_drift(weight, moment, cross, 1.0, 0.0)
+    assert target.shape == weight.shape
+    torch.testing.assert_close(target[:2], weight[:2])
+    torch.testing.assert_close(target[2:], weight[2:] / 2)
+
+
+@pytest.mark.parametrize("max_bytes", [2**20, 1])
+def test_moments_of_two_models(max_bytes):
+    model = stack(1)[0]
+    x = torch.randn(3, 4, 8)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
+    other = model.value.weight + 0.1
+    layers = {"out": model.out, "query": model.query}
+    found = moments(model, [{"x": x, "attention_mask": mask}], layers, model.value, other, max_bytes)
+    used = mask.bool()
+    with torch.no_grad():
+        now = (torch.tanh(model.query(x)) * model.key(x) + model.value(x))[used].double()
+        before = now + ((x @ (other - model.value.weight).T)[used]).double()
+    moment, cross = found["out"]
+    assert moment.samples == int(mask.sum())
+    torch.testing.assert_close(moment.matrix[0], now.T @ now / len(now), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(cross[0], before.T @ now / len(now), rtol=1e-5, atol=1e-6)
+    same, itself = found["query"]
+    torch.testing.assert_close(same.matrix, itself)
+
+
+def test_layers_that_are_called_otherwise_have_no_pairs():
+    model = Routed().eval()
+    found = moments(model, [torch.randn(40, 4)], {"expert": model.expert}, model.first, -model.first.weight.detach())
+    moment, cross = found["expert"]
+    assert moment.samples
+    assert cross is None
+
+
+def test_drift_brings_the_outputs_nearer():
+    nearer = 0
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = stack()
+        batches = [torch.randn(8, 16, 8) for _ in range(4)]
+        unseen = torch.randn(64, 16, 8)
+        errors = []
+        for drift in (0.0, 0.5):
+            twin = copy.deepcopy(model)
+            DecoupleQPass(calibration=batches, drift=drift, rounds=1, starts=(1.0,), search_inputs=0).apply(
+                twin, grid=GRID
+            )
+            with torch.no_grad():
+                errors.append(float((twin(unseen) - model(unseen)).square().mean()))
+        nearer += errors[1] < errors[0]
+    assert nearer >= 3
+
+
+def test_an_error_in_the_middle_puts_the_weights_back():
+    model = stack(2)
+    before = copy.deepcopy(model.state_dict())
+    bad = [torch.randn(2, 3, 8), torch.full((2, 3, 8), torch.inf)]
+    with pytest.raises(Exception, match="NaN or infinity"):
+        DecoupleQPass(calibration=bad).apply(model, grid=GRID)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
