@@ -322,7 +322,7 @@ class _Run:
             with self._float_values():
                 before = BlockInputs(self.model, block, self.owner.calibration)
         tunes = config.tune_blocks and stage.block is not None
-        targets = block_outputs(block, inputs.calls) if tunes else []
+        targets = block_outputs(block, (before or inputs).calls) if tunes else []
         solutions: dict[str, GridSolution] = {}
         floats: dict[str, list[Tensor]] = {}
         for group in stage.groups:
