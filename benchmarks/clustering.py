@@ -52,7 +52,7 @@ def run(smoke: bool, runs: int = 3) -> list[dict[str, Any]]:
     return [
         _compare(layer_name, [layer], runs, parts=False),
         _compare(f"{layer_name}, with parts", [layer], runs, parts=True),
-        _compare(f"ResNet-18 convolutions, each of {kernels} kernels", convolutions, 1, parts=False),
+        _compare(f"ResNet-18 convolutions, each of {kernels} kernels", convolutions, runs, parts=False),
     ]
 
 

@@ -1,8 +1,7 @@
 """One-dimensional k-means: optimal, deterministic, one call for all rows of a tensor.
 
-In one dimension clusters are intervals, so k-means is a search for k - 1 boundaries among the sorted values.
-`bracket` closes in on where those of every optimum must be, `search` finds the best by branch and bound, both
-on prefix sums (`prefix`); `tally` spares long rows the sorting; `parts` applies the boundaries.
+`kernels` has the compiled loops, and the idea; `optimal` calls them for rows of any length and type; `parts` applies
+the boundaries.
 """
 
 from __future__ import annotations

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from splitquant_plugins.chunked import in_threads
-from splitquant_plugins.clustering.prefix import Ascending, first
-from splitquant_plugins.clustering.search import best_cuts
-from splitquant_plugins.clustering.tally import condensed, merged, tally
+from splitquant_plugins.chunked import chunks, in_threads
+from splitquant_plugins.clustering import kernels
 from splitquant_plugins.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,11 +18,13 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
-# Rows of 16-bit values from this length on are tallied, rows of other values from that length on condensed.
-_TALLY_FROM = 1 << 14
-_CONDENSE_FROM = 1 << 18
-# Values in one batch of rows.
-_BATCH = 1 << 20
+# Rows from this length on are worked on in pieces, several at a time.
+_LONG = 1 << 18
+_PIECE = 1 << 21
+_BINS = 1 << 16
+_VALUES_PER_BIN = 4
+# Values in one batch of shorter rows.
+_BATCH = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ def optimal_clusters(values: Tensor, k: int, *, weights: Tensor | None = None) -
     values: [rows, n] or [n] (one row), any float dtype; the work is done on the CPU, in float64.
     weights: non-negative, of the same shape; needs a positive one in every row.
     The inertia is the least there is, but for rounding: sums in float64, so that an error of about 1e-13 of the
-    inertia of one cluster remains. Only where more than 512 stretches of values compete for a boundary, close to
-    a continuum of optima, the search stops within a relative 5e-7 of the least inertia.
+    inertia of one cluster remains.
     Raises InputError for k < 1, no values, values or weights that are not finite, negative weights.
     """
     rows = values.detach().reshape(1, -1) if values.ndim < 2 else values.detach().flatten(1)
@@ -63,14 +62,28 @@ def optimal_clusters(values: Tensor, k: int, *, weights: Tensor | None = None) -
     if not rows.is_floating_point():
         raise InputError(f"values of dtype {values.dtype}: convert them to a float dtype first")
     host = rows.cpu()
-    # NaN and infinity reach the sum; finite values whose sum overflows are looked at one by one.
-    if not bool(torch.isfinite(host.sum())) and not bool(torch.isfinite(host).all()):
-        raise InputError("values are not all finite: NaN and infinity have no cluster")
-    found = _Result(host.shape[0], k)
+    found = _Answers(len(host), k)
     if weights is not None:
-        _cluster_weighted(host.double().numpy(), _checked_weights(weights, values), k, found)
+        mass = _checked_weights(weights, values)
+        for number, row in enumerate(host.double().numpy()):
+            _extent(row[None])
+            _solve_weighted(row, mass[number], found, number)
+    elif host.shape[1] >= _LONG:
+        for number, row in enumerate(host):
+            _solve_long(row, found, number)
     else:
-        _cluster(host, k, found)
+        n = host.shape[1]
+        height = max(1, min(_BATCH // n, -(-len(host) // torch.get_num_threads())))
+        bins = 1 << max(4, (n // _VALUES_PER_BIN).bit_length())
+
+        def solve(some: slice) -> None:
+            # Batches write to rows of their own.
+            answers = (found.boundaries[some], found.centers[some], found.counts[some], found.inertia[some])
+            values = _compilable(host[some])
+            frames = _frames(*_extent(values), values[:, n // 2], bins)
+            kernels.cluster_rows(values, frames, bins, *answers)
+
+        in_threads(solve, list(chunks(slice(0, len(host)), height)))
     return found.clusters(rows)
 
 
@@ -87,14 +100,39 @@ def _checked_weights(weights: Tensor, values: Tensor) -> Array:
     return host
 
 
-class _Result:
-    """The answer, filled in row by row; boundaries as float64, which holds every float dtype exactly."""
+def _compilable(values: Tensor) -> Array:
+    """The values as an array of float32 or float64, which hold those of all other float types exactly."""
+    known = values.dtype in (torch.float32, torch.float64)
+    array: Array = (values if known else values.float()).contiguous().numpy()
+    return array
+
+
+def _frames(low: Array, high: Array, typical: Array, bins: int) -> Array:
+    """The coordinates of the kernels [r, 3]: low..high [r] fill at least half of `bins`, around a typical value."""
+    half = high / 2 - low / 2
+    exponent = np.frexp(np.where(half > 0, half, high))[1] + 1
+    scale = np.ldexp(float(bins), np.clip(-exponent, -1000, 980))
+    origin = typical * scale
+    return np.stack([scale, origin, low * scale - origin], axis=1)
+
+
+def _extent(values: Array) -> tuple[Array, Array]:
+    """The least and the greatest value of each row, float64."""
+    low, high = values.min(axis=1).astype(np.float64), values.max(axis=1).astype(np.float64)
+    # Of values with a NaN, both are NaN.
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise InputError("values are not all finite: NaN and infinity have no cluster")
+    return low, high
+
+
+class _Answers:
+    """The answers, filled in row by row; boundaries as float64, which holds every float dtype exactly."""
 
     def __init__(self, rows: int, k: int) -> None:
         self.boundaries = np.full((rows, k - 1), np.inf)
         self.centers = np.full((rows, k), np.nan)
-        self.inertia = np.zeros(rows)
         self.counts = np.zeros((rows, k))
+        self.inertia = np.zeros(rows)
 
     def clusters(self, like: Tensor) -> Clusters:
         device = like.device
@@ -107,123 +145,58 @@ class _Result:
         )
 
 
-def _cluster(rows: Tensor, k: int, found: _Result) -> None:
-    number, n = rows.shape
-    half = rows.dtype not in (torch.float32, torch.float64)
-    left = np.arange(number)
-    if half and n >= _TALLY_FROM:
-        for row in left:
-            _solve_row(*tally(rows[row]), k, found, int(row))
-        return
-    if not half and n >= _CONDENSE_FROM and k > 1:
-        left = np.array([row for row in left if not _solve_condensed(rows[row].numpy(), k, found, int(row))])
-    height = max(1, min(_BATCH // n, -(-len(left) // torch.get_num_threads())))
+def _solve_long(row: Tensor, found: _Answers, number: int) -> None:
+    """Cluster one row [n] as `kernels.cluster_rows` does, but several pieces at a time."""
+    # The pieces do not depend on the number of threads, and so neither do the rounded sums.
+    pieces = list(chunks(slice(0, len(row)), _PIECE))
+    extents = in_threads(lambda piece: _extent(_compilable(row[piece])[None]), pieces)
+    low, high = min(low for low, _ in extents), max(high for _, high in extents)
+    frame = _frames(low, high, row[len(row) // 2, None].double().numpy(), _BINS)[0]
+    boundaries, centers, counts = found.boundaries[number], found.centers[number], found.counts[number]
 
-    def solve(block: Array) -> None:
-        first, last = int(block[0]), int(block[-1]) + 1
-        values = rows[first:last] if last - first == len(block) else rows[torch.from_numpy(block)]
-        _solve_sorted(np.sort((values.float() if half else values).numpy(), axis=1), k, found, block)
+    def tally(piece: slice) -> Array:
+        table = np.zeros((_BINS + 1, 2))
+        kernels.tally(_compilable(row[piece]), frame, table)
+        return table
 
-    # Batches write to rows of their own.
-    in_threads(solve, [left[top : top + height] for top in range(0, len(left), height)])
+    def gather(piece: slice) -> tuple[Array, float]:
+        values = _compilable(row[piece])
+        chosen = np.empty(len(values) + 1, values.dtype)
+        m, squares = kernels.gather(values, frame, mean, wanted, chosen)
+        return chosen[:m].copy(), squares
 
+    def distances(piece: slice) -> float:
+        distance: float = kernels.distances(_compilable(row[piece]), scale, boundaries, centers)
+        return distance
 
-def _cluster_weighted(rows: Array, weights: Array, k: int, found: _Result) -> None:
-    for number, (values, mass) in enumerate(zip(rows, weights, strict=True)):
-        some = mass > 0
-        _solve_row(*merged(values[some], mass[some]), k, found, number)
-
-
-def _solve_row(points: Array, mass: Array, k: int, found: _Result, number: int) -> None:
-    """Cluster ascending, distinct points [m] with mass [m]."""
-    rows = np.array([number])
-    if len(points) <= k:
-        _fill_few(points[None], mass[None], found, rows)
-        return
-    exponent = np.frexp(np.abs(points).max(keepdims=True))[1][:, None]
-    data = Ascending(np.ldexp(points[None], -exponent), mass[None])
-    cuts, inertia = best_cuts(data, k)
-    found.boundaries[rows] = points[cuts]
-    _fill(data, cuts, inertia, exponent, found, rows)
+    scale = float(frame[0])
+    bins, mean = kernels.filled_bins(np.sum(in_threads(tally, pieces), axis=0), frame)
+    wanted = np.empty(_BINS + 1, np.uint8)
+    places = kernels.possible_bins(len(centers), bins, wanted)
+    gathered = in_threads(gather, pieces)
+    values, squares = np.sort(np.concatenate([part for part, _ in gathered])), sum(part for _, part in gathered)
+    inertia = squares - kernels.solve_chosen(values, frame, mean, bins, *places, (boundaries, centers, counts))
+    if inertia <= kernels.TIGHT * squares:
+        inertia = sum(in_threads(distances, pieces))
+    found.inertia[number] = float(inertia) / scale / scale
 
 
-def _solve_condensed(row: Array, k: int, found: _Result, number: int) -> bool:
-    """Cluster a long row without sorting it; False where that does not work."""
-    short = condensed(row, k)
-    if short is None:
-        return False
-    data = Ascending(short.points[None], short.mass[None])
-    cuts, inertia = best_cuts(data, k)
-    # What the values that are summed up add.
-    moment = short.points @ short.mass
-    inertia += short.squares - moment**2 / len(row) - data.inertia
-    rows = np.array([number])
-    found.boundaries[rows] = short.edges[cuts]
-    _fill(data, cuts, inertia, np.zeros((1, 1), dtype=np.int64), found, rows, tight=False)
-    found.centers[rows] += short.origin
-    return True
-
-
-def _solve_sorted(values: Array, k: int, found: _Result, rows: Array) -> None:
-    """Cluster ascending rows [r, n]."""
-    height, n = values.shape
-    start = np.zeros((height, 1), dtype=np.int64)
-    number = np.arange(height)[:, None]
-    starts = [start]
-    # Where the first k distinct values of each row start; n where there are not so many.
-    for _ in range(k):
-        target = np.take_along_axis(values, np.minimum(starts[-1], n - 1), axis=1)
-        starts.append(first(values, number, target, np.zeros_like(start), np.full_like(start, n), above=True))
-    few = starts[k][:, 0] >= n
-    if few.any():
-        ends = np.minimum(np.concatenate(starts, axis=1)[few], n)
-        points = np.take_along_axis(values[few], np.minimum(ends[:, :-1], n - 1), axis=1).astype(np.float64)
-        _fill_few(points, np.diff(ends).astype(np.float64), found, rows[few])
-        if few.all():
-            return
-        values, rows = values[~few], rows[~few]
-    exponent = np.zeros((len(rows), 1), dtype=np.int64)
-    if values.dtype == np.float64:
-        # Scaling by a power of two is exact, and keeps squares from overflowing.
-        exponent = np.frexp(np.maximum(np.abs(values[:, :1]), np.abs(values[:, -1:])))[1]
-        values = np.ldexp(values, -exponent)
-    data = Ascending(values)
-    cuts, inertia = best_cuts(data, k)
-    cuts, boundaries = before_equal_values(values, cuts)
-    found.boundaries[rows] = np.ldexp(boundaries.astype(np.float64), exponent)
-    _fill(data, cuts, inertia, exponent, found, rows)
-
-
-def before_equal_values(values: Array, cuts: Array) -> tuple[Array, Array]:
-    """Cuts [r, k - 1] of ascending values [r, n] moved to the first of equal values, and the values behind them.
-
-    Equal values are one cluster's, and only rounding can make a cut between them.
-    """
-    boundaries = np.take_along_axis(values, cuts, axis=1)
-    rows = np.arange(len(values))[:, None]
-    return first(values, rows, boundaries, np.zeros_like(cuts), cuts), boundaries
-
-
-def _fill_few(points: Array, mass: Array, found: _Result, rows: Array) -> None:
-    """Rows with at most k distinct values, points [r, up to k] of mass 0 behind the last: a cluster for each."""
-    used = mass > 0
-    width = points.shape[1]
-    found.counts[rows, :width] = mass
-    found.centers[rows, :width] = np.where(used, points, np.nan)
-    found.boundaries[rows, : width - 1] = np.where(used, points, np.inf)[:, 1:]
-
-
-def _fill(
-    data: Ascending, cuts: Array, inertia: Array, exponent: Array, found: _Result, rows: Array, tight: bool = True
-) -> None:
-    every = np.arange(len(rows))[:, None]
-    centers = data.centers(every, cuts)
-    found.counts[rows] = data.per_cluster(data.weight, every, cuts)
-    if tight:
-        # Differences of prefix sums cancel where the clusters are tight: sum the squares there.
-        for row in np.flatnonzero(inertia < 1e-5 * data.inertia):
-            label = np.searchsorted(cuts[row], np.arange(data.points.shape[1]), side="right")
-            square = (data.points[row] - centers[row, label]) ** 2
-            inertia[row] = square.sum() if data.mass is None else square @ data.mass[row]
-    found.centers[rows] = np.ldexp(centers + data.mean, exponent)
-    found.inertia[rows] = np.ldexp(inertia, 2 * exponent[:, 0])
+def _solve_weighted(values: Array, mass: Array, found: _Answers, number: int) -> None:
+    """Cluster values [n] of mass [n]: the distinct ones are the items."""
+    some = mass > 0
+    members, place = np.unique(values[some], return_inverse=True)
+    weight = np.bincount(place, mass[some])
+    m, cuts = len(members), found.boundaries.shape[1]
+    frame = _frames(members[:1], members[-1:], members[m // 2, None], _BINS)[0]
+    scale = float(frame[0])
+    points = members * scale - frame[1]
+    mean = weight @ points / weight.sum()
+    points -= mean
+    prefixes = np.zeros((m + 1, 2))
+    np.cumsum(np.stack([weight, weight * points], axis=1), axis=0, out=prefixes[1:])
+    low, high = np.zeros(cuts, np.int64), np.full(cuts, m)
+    boundaries, centers, counts = found.boundaries[number], found.centers[number], found.counts[number]
+    items = prefixes, np.stack([points, points], axis=1), members
+    kernels.solve(items, frame, mean, low, high, (boundaries, centers, counts))
+    distance = (members - centers[np.searchsorted(boundaries, members, side="right")]) * scale
+    found.inertia[number] = float(weight @ distance**2) / scale / scale
