@@ -22,7 +22,7 @@ MEGA = 1e6
 
 def run(smoke: bool, jobs: int = 2) -> list[dict[str, Any]]:
     """A row per dtype."""
-    width, layers = (64, 3) if smoke else (2048, 24)
+    width, layers = (64, 3) if smoke else (4096, 8)
     return [_measured(width, layers, dtype, jobs) for dtype in ("float32", "bfloat16")]
 
 

@@ -21,11 +21,17 @@ _SPANS_PER_THREAD = 4
 
 def in_threads(work: Callable[[Item], Answer], items: Sequence[Item]) -> list[Answer]:
     """Apply `work`, which should release the interpreter lock, to the items; answers come in their order."""
+    return list(iter_in_threads(work, items))
+
+
+def iter_in_threads(work: Callable[[Item], Answer], items: Sequence[Item]) -> Iterator[Answer]:
+    """As `in_threads`, with each answer as soon as those before it are there: for answers that need not be kept."""
     threads = min(torch.get_num_threads(), len(items))
     if threads < 2:
-        return [work(item) for item in items]
+        yield from map(work, items)
+        return
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, items))
+        yield from pool.map(work, items)
 
 
 def spans(n: int, at_least: int = 1 << 20) -> list[slice]:

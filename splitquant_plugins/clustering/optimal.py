@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from splitquant_plugins.chunked import chunks, in_threads
+from splitquant_plugins.chunked import chunks, in_threads, iter_in_threads
 from splitquant_plugins.clustering import kernels
 from splitquant_plugins.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 # Rows from this length on are worked on in pieces, several at a time.
 _LONG = 1 << 18
 _PIECE = 1 << 21
+# Values of a piece that are converted at once, where the kernels do not take their type.
+_CHUNK = 1 << 16
 _BINS = 1 << 16
 _VALUES_PER_BIN = 4
 # Values in one batch of shorter rows.
@@ -107,6 +111,18 @@ def _compilable(values: Tensor) -> Array:
     return array
 
 
+def _compilable_chunks(row: Tensor, piece: slice) -> Iterator[Array]:
+    """The values of a piece of a row [n], a few at a time, because those of 16 bits take twice the memory.
+
+    What was yielded before may be overwritten. The chunks, and so the rounded sums over them, are those of any type.
+    """
+    known = row.dtype in (torch.float32, torch.float64)
+    buffer = torch.empty(0 if known else _CHUNK)
+    for chunk in chunks(piece, _CHUNK):
+        values = row[chunk]
+        yield _compilable(values if known else buffer[: len(values)].copy_(values))
+
+
 def _frames(low: Array, high: Array, typical: Array, bins: int) -> Array:
     """The coordinates of the kernels [r, 3]: low..high [r] fill at least half of `bins`, around a typical value."""
     half = high / 2 - low / 2
@@ -149,32 +165,44 @@ def _solve_long(row: Tensor, found: _Answers, number: int) -> None:
     """Cluster one row [n] as `kernels.cluster_rows` does, but several pieces at a time."""
     # The pieces do not depend on the number of threads, and so neither do the rounded sums.
     pieces = list(chunks(slice(0, len(row)), _PIECE))
-    extents = in_threads(lambda piece: _extent(_compilable(row[piece])[None]), pieces)
-    low, high = min(low for low, _ in extents), max(high for _, high in extents)
+    extents = in_threads(lambda piece: [_extent(values[None]) for values in _compilable_chunks(row, piece)], pieces)
+    low = min(low for extent in extents for low, _ in extent)
+    high = max(high for extent in extents for _, high in extent)
     frame = _frames(low, high, row[len(row) // 2, None].double().numpy(), _BINS)[0]
     boundaries, centers, counts = found.boundaries[number], found.centers[number], found.counts[number]
 
+    kind = np.float64 if row.dtype == torch.float64 else np.float32
+
     def tally(piece: slice) -> Array:
         table = np.zeros((_BINS + 1, 2))
-        kernels.tally(_compilable(row[piece]), frame, table)
+        for values in _compilable_chunks(row, piece):
+            kernels.tally(values, frame, table)
         return table
 
     def gather(piece: slice) -> tuple[Array, float]:
-        values = _compilable(row[piece])
-        chosen = np.empty(len(values) + 1, values.dtype)
-        m, squares = kernels.gather(values, frame, mean, wanted, chosen)
-        return chosen[:m].copy(), squares
+        # Pages that nothing is written to take no memory.
+        found, m, squares = np.empty(piece.stop - piece.start + 1, kind), 0, 0.0
+        for values in _compilable_chunks(row, piece):
+            more, some = kernels.gather(values, frame, mean, wanted, found[m:])
+            m += more
+            squares += some
+        return found[:m].copy(), squares
 
     def distances(piece: slice) -> float:
-        distance: float = kernels.distances(_compilable(row[piece]), scale, boundaries, centers)
-        return distance
+        return sum(
+            float(kernels.distances(values, scale, boundaries, centers)) for values in _compilable_chunks(row, piece)
+        )
 
     scale = float(frame[0])
-    bins, mean = kernels.filled_bins(np.sum(in_threads(tally, pieces), axis=0), frame)
+    table = np.zeros((_BINS + 1, 2))
+    for one in iter_in_threads(tally, pieces):
+        table += one
+    bins, mean = kernels.filled_bins(table, frame)
     wanted = np.empty(_BINS + 1, np.uint8)
     places = kernels.possible_bins(len(centers), bins, wanted)
     gathered = in_threads(gather, pieces)
-    values, squares = np.sort(np.concatenate([part for part, _ in gathered])), sum(part for _, part in gathered)
+    values = np.sort(np.concatenate([part for part, _ in gathered]))
+    squares = sum(part for _, part in gathered)
     inertia = squares - kernels.solve_chosen(values, frame, mean, bins, *places, (boundaries, centers, counts))
     if inertia <= kernels.TIGHT * squares:
         inertia = sum(in_threads(distances, pieces))
