@@ -14,7 +14,10 @@ from typing import Any
 
 from _harness import report
 
-HEAVY = ("torch", "sklearn", "transformers", "optimum", "neural_compressor", "torchao", "matplotlib", "joblib")
+HEAVY = (
+    *("torch", "sklearn", "numba", "llvmlite", "joblib", "matplotlib"),
+    *("transformers", "optimum", "neural_compressor", "torchao"),
+)
 
 
 def run(smoke: bool, runs: int = 5) -> list[dict[str, Any]]:

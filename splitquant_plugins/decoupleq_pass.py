@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -318,11 +318,11 @@ class _Run:
         block = self.model if stage.block is None else stage.block
         inputs = BlockInputs(self.model, block, self.owner.calibration)
         before = None
-        if config.sequential and config.drift:
-            with self._float_values():
-                before = BlockInputs(self.model, block, self.owner.calibration)
         tunes = config.tune_blocks and stage.block is not None
-        targets = block_outputs(block, (before or inputs).calls) if tunes else []
+        with self._float_values():
+            if config.sequential and config.drift:
+                before = BlockInputs(self.model, block, self.owner.calibration)
+            targets = block_outputs(block, (before or inputs).calls) if tunes else []
         solutions: dict[str, GridSolution] = {}
         floats: dict[str, list[Tensor]] = {}
         for group in stage.groups:
@@ -352,9 +352,7 @@ class _Run:
                     solutions[name] = solution
         if not solutions:
             return floats, {}
-        assert stage.block is not None
-        assert inputs is not None
-        trained = self._tune(stage, stage.block, solutions, inputs, targets)
+        trained = self._tune(stage, block, solutions, inputs, targets)
         return {**floats, **{name: solution.floats for name, solution in solutions.items()}}, trained
 
     def _moments(
@@ -363,11 +361,17 @@ class _Run:
         """Second moments of layers, and where there are the float model's inputs too, those across the two."""
         modules = {name: self.layers[name].modules[0] for name in group}
         limit = self.owner.calibration_bytes
-        if before is None:
-            for name, moment in iter_second_moments(inputs, inputs.batches, modules, max_bytes=limit):
-                yield name, moment, None
-        else:
+        if before is not None:
             yield from iter_moments_with_drift(inputs, before, self._float_values, modules, limit)
+            return
+        found = iter_second_moments(inputs, inputs.batches, modules, max_bytes=limit)
+        while True:
+            # What is observed in several passes is observed behind layers that were solved in between.
+            with nullcontext() if self.owner.config.sequential else self._float_values():
+                one = next(found, None)
+            if one is None:
+                return
+            yield *one, None
 
     @contextmanager
     def _float_values(self) -> Iterator[None]:

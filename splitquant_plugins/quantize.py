@@ -84,9 +84,10 @@ def _in_memory(chosen: Backend, model: str, form: WeightFormat, first: SplitQuan
     loaded = load_model(model)
     with _appearing(output) as temporary:
         quantized = chosen.quantize(loaded, form, first, [example_batch(loaded)])
+        source = _folder_of(model)
         with _writing(output):
             chosen.save(quantized, temporary)
-        _copy_tokenizer(_folder_of(model), temporary)
+            _copy_tokenizer(source, temporary)
     stored = [part for parts in quantized.layers.values() for part in parts]
     weights = sum(parts[0].weight.numel() for parts in quantized.layers.values())
     return {

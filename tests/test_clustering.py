@@ -109,7 +109,7 @@ def test_optimal_beside_a_dynamic_program(shape, k):
 
 
 @pytest.mark.parametrize("shape", ["normal", "t4", "uniform", "cauchy", "five_groups"])
-def test_optimal_beyond_the_finest_sketch(shape):
+def test_optimal_in_long_rows(shape):
     rows = SHAPES[shape](np.random.default_rng(3), 1000)[None].astype(np.float32)
     for k in (3, 5):
         check_optimal(torch.from_numpy(rows), k)
@@ -255,6 +255,11 @@ def test_optimal_with_weights(data, n, k):
     check_optimal(torch.from_numpy(values)[None], k, torch.from_numpy(weights)[None])
 
 
+def test_weights_that_would_be_lost_in_the_sum_are_an_error():
+    with pytest.raises(InputError, match="below 1e-12 of their row's sum"):
+        optimal_clusters(torch.randn(4), 2, weights=torch.tensor([1.0, 1.0, 1e-13, 0.0], dtype=torch.float64))
+
+
 def test_weights_are_repetitions():
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(1, 60, generator=generator)
@@ -292,7 +297,7 @@ def test_sixteen_bit_values_are_exact(dtype, n):
     assert torch.equal(half.inertia, single.inertia)
 
 
-@pytest.mark.parametrize("exponent", [-1000, -200, 200, 900])
+@pytest.mark.parametrize("exponent", [-1000, -200, 200, 900, 1020])
 @pytest.mark.parametrize("way", ["short", "long", "weighted"])
 def test_powers_of_two_change_no_cluster(exponent, way, monkeypatch):
     if way == "long":

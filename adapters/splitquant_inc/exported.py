@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from neural_compressor.torch.algorithms.pt2e_quant.utility import create_xiq_quantizer_from_pt2e_config
 from neural_compressor.torch.quantization import DynamicQuantConfig
 from torch import nn
 from torch.fx import GraphModule
@@ -46,4 +45,6 @@ class ExportedRecipe(PassFirst):
 
 def quantizer_of(config: Any) -> Any:
     """Return the quantizer that INC will make of the configuration, layer options included."""
+    from neural_compressor.torch.algorithms.pt2e_quant.utility import create_xiq_quantizer_from_pt2e_config
+
     return create_xiq_quantizer_from_pt2e_config(config, is_dynamic=isinstance(config, DynamicQuantConfig))

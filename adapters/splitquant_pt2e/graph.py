@@ -69,7 +69,7 @@ def split_graph(
     AlreadyQuantizedError, and ConfigError for patterns that match nothing or a splitter without its grid.
     """
     refuse_unfit_graph(model)
-    _refuse_unfit_pass(split_pass)
+    refuse_unfit_pass(split_pass)
     started = time.perf_counter()
     manifest = Manifest(
         version=_own_version(), config=split_pass.config, splitter_options=split_pass.splitter_options.model_dump()
@@ -123,7 +123,8 @@ def refuse_unfit_graph(model: Any) -> None:
                 )
 
 
-def _refuse_unfit_pass(split_pass: SplitQuantPass) -> None:
+def refuse_unfit_pass(split_pass: SplitQuantPass) -> None:
+    """Raise ConfigError for options that do not work on graphs."""
     options = {
         "calibration": getattr(split_pass, "calibration", None),
         "budget": getattr(split_pass.config, "budget", None),

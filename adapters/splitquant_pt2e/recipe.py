@@ -15,8 +15,8 @@ from torch.fx import GraphModule
 from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.split_pass import ModelPass, SplitQuantPass
 from splitquant_pt2e.annotation import annotation_of
-from splitquant_pt2e.compat import fold_batchnorms
-from splitquant_pt2e.graph import refuse_unfit_graph, split_graph
+from splitquant_pt2e.compat import ANNOTATION, fold_batchnorms
+from splitquant_pt2e.graph import refuse_unfit_graph, refuse_unfit_pass, split_graph
 from splitquant_pt2e.mixing import with_mixin
 
 
@@ -43,12 +43,19 @@ def split_ahead(model: GraphModule, split_pass: SplitQuantPass, quantizer: Any) 
 
     BatchNorms are folded and the graph is annotated as prepare_pt2e will do once more. What took the place of a
     layer carries its annotations; the marks by which quantizers look for layers are taken off all that is
-    annotated, and off the weights.
+    annotated, and off the weights. On an error the annotations are taken off again; the fold, which changes no
+    output, stays.
     """
     refuse_unfit_graph(model)
+    refuse_unfit_pass(split_pass)
     fold_batchnorms(model)
     quantizer.annotate(quantizer.transform_for_annotation(model))
-    split_graph(model, split_pass, annotated=True)
+    try:
+        split_graph(model, split_pass, annotated=True)
+    except BaseException:
+        for node in model.graph.nodes:
+            node.meta.pop(ANNOTATION, None)
+        raise
     for node in model.graph.nodes:
         if node.op == "get_attr" or annotation_of(node) is not None:
             node.meta.pop("source_fn_stack", None)

@@ -27,6 +27,8 @@ _PIECE = 1 << 21
 _CHUNK = 1 << 16
 _BINS = 1 << 16
 _VALUES_PER_BIN = 4
+# Of a row's sum: sums in float64 keep a few digits of it.
+_LEAST_WEIGHT = 1e-12
 # Values in one batch of shorter rows.
 _BATCH = 1 << 18
 
@@ -100,6 +102,10 @@ def _checked_weights(weights: Tensor, values: Tensor) -> Array:
         raise InputError("weights must be finite and not negative")
     if not bool((rows.amax(1) > 0).all()):
         raise InputError("weights are all zero in a row: nothing to cluster there")
+    if bool(((rows > 0) & (rows < _LEAST_WEIGHT * rows.sum(1, keepdim=True))).any()):
+        raise InputError(
+            f"weights below {_LEAST_WEIGHT:g} of their row's sum are lost in it: set them to 0, or raise them"
+        )
     host: Array = rows.numpy()
     return host
 
@@ -127,7 +133,7 @@ def _frames(low: Array, high: Array, typical: Array, bins: int) -> Array:
     """The coordinates of the kernels [r, 3]: low..high [r] fill at least half of `bins`, around a typical value."""
     half = high / 2 - low / 2
     exponent = np.frexp(np.where(half > 0, half, high))[1] + 1
-    scale = np.ldexp(float(bins), np.clip(-exponent, -1000, 980))
+    scale = np.ldexp(float(bins), np.minimum(-exponent, 980))
     origin = typical * scale
     return np.stack([scale, origin, low * scale - origin], axis=1)
 

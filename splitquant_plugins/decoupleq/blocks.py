@@ -163,7 +163,7 @@ def capture_inputs(model: nn.Module, block: nn.Module, batches: Batches) -> list
     calls: list[Call] = []
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((_detached(args), _detached(kwargs)))
+        calls.append(detached((args, _without_cache(kwargs))))
         raise _BlockReached
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
@@ -186,7 +186,7 @@ def capture_inputs(model: nn.Module, block: nn.Module, batches: Batches) -> list
 def block_outputs(block: nn.Module, inputs: Sequence[Call]) -> list[Tensor]:
     """The block's output for each call, detached; from the float block these are `tune_block`'s targets."""
     with evaluating(block), torch.no_grad():
-        return [output_tensor(block(*args, **kwargs)).clone() for args, kwargs in inputs]
+        return [output_tensor(block(*args, **kwargs)).clone() for args, kwargs in map(detached, inputs)]
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -278,7 +278,7 @@ def other_parameters(block: nn.Module, layers: Iterable[str], options: BlockOpti
 def _output(block: nn.Module, layers: Mapping[str, QuantizedAffine], call: Call) -> Tensor:
     """The block's output with the quantized weights in the place of its own, which stay untouched."""
     weights = {f"{name}.weight" if name else "weight": layer() for name, layer in layers.items()}
-    return output_tensor(functional_call(block, weights, *call))
+    return output_tensor(functional_call(block, weights, *detached(call)))
 
 
 def _error(
@@ -305,14 +305,21 @@ def _square_error(output: Tensor, target: Tensor, mask: Tensor | None) -> tuple[
     return difference.square().mean(), difference.numel()
 
 
-def _detached(value: Any) -> Any:
+def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without a cache of keys and values, which every replay would add to."""
+    none = {key: None for key in ("past_key_value", "past_key_values") if key in kwargs}
+    return {**kwargs, **none, **({"use_cache": False} if "use_cache" in kwargs else {})}
+
+
+def detached(value: Any) -> Any:
+    """A copy of arguments, so that what changes its inputs in place does not change what is replayed."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
-        return {key: _detached(item) for key, item in value.items()}
+        return {key: detached(item) for key, item in value.items()}
     # Not named tuples and other subclasses: their constructors differ.
     if type(value) in (tuple, list):
-        return type(value)(_detached(item) for item in value)
+        return type(value)(detached(item) for item in value)
     return value
 
 

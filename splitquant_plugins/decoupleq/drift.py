@@ -40,7 +40,8 @@ def iter_moments_with_drift(
     """Yield each layer's name, second moment H [groups, d, d], and C of the same shape.
 
     `now` and `before` are the inputs of the same block in the model as it is and in the float model, to whose values
-    `float_values` switches for a while. C is None where the two do not call the layer alike, as with routed experts.
+    `float_values` switches for a while. C is None where the two call the layer with other
+    shapes, as with routed experts; whether rows of one shape belong together is not known.
     """
     sizes = {name: moment_shape(name, layer) for name, layer in layers.items()}
     itemsize = torch.float64.itemsize
@@ -84,7 +85,7 @@ def _inputs(block: BlockInputs, index: int, layers: Mapping[str, nn.Module]) -> 
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def hook_of(name: str) -> Callable[..., None]:
-        return lambda _, args, kwargs: found[name].append(only_input(name, args, kwargs))
+        return lambda _, args, kwargs: found[name].append(only_input(name, args, kwargs).clone())
 
     with evaluating(block), ExitStack() as hooks:
         for name, layer in layers.items():

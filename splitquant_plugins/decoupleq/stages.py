@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from splitquant_plugins.calibration import Batches, evaluating, iter_calls, naming_batch, only_input
-from splitquant_plugins.decoupleq.blocks import Call, capture_inputs, find_blocks
+from splitquant_plugins.decoupleq.blocks import Call, capture_inputs, detached, find_blocks
 from splitquant_plugins.errors import InputError
 
 
@@ -69,14 +69,16 @@ def _called(
     """
     order: dict[str, int] = {}
     counts: dict[str, int] = {}
-    number, last = 0, None
+    number = 0
+    last: tuple[Tensor, int] | None = None
 
     def note(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal number, last
             given = only_input(name, args, kwargs)
-            number += given is not last
-            last = given
+            # A tensor that was changed in place counts as another.
+            number += last is None or given is not last[0] or given._version != last[1]
+            last = given, given._version
             order.setdefault(name, number)
 
         return hook
@@ -114,7 +116,7 @@ class BlockInputs(nn.Module):
 
     def forward(self, index: int, attention_mask: Tensor | None = None) -> Any:
         """Replay a call; the mask is only for those who collect statistics."""
-        args, kwargs = self.calls[index]
+        args, kwargs = detached(self.calls[index])
         return self.block(*args, **kwargs)
 
 

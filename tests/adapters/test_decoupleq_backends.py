@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from contextlib import suppress
 
 import pytest
 import torch
@@ -16,10 +14,6 @@ from splitquant_plugins.data import LabelledTexts
 from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.evaluate import logits_of, run_of
 from splitquant_plugins.testing import small_batch, small_classifier
-
-with warnings.catch_warnings(), suppress(ImportError):  # INC imports what torch has deprecated, through torchao
-    warnings.simplefilter("ignore")
-    import splitquant_inc.exported  # noqa: F401
 
 FAST = {"rounds": 1, "starts": (1.0,), "sweeps": 1, "search_inputs": 0}
 NEEDS = {

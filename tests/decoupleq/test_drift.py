@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from torch import nn
 
-from splitquant_plugins import DecoupleQPass, UniformGrid
+from splitquant_plugins import DecoupleQPass, UniformGrid, manifest_of
 from splitquant_plugins.decoupleq.drift import iter_moments_with_drift, with_drift
 from splitquant_plugins.decoupleq.stages import BlockInputs, stages_of
+from splitquant_plugins.errors import InputError
 
 GRID = UniformGrid(2, "affine", "channel")
 
@@ -141,10 +142,67 @@ def test_drift_brings_the_outputs_nearer():
     assert nearer >= 3
 
 
-def test_an_error_in_the_middle_puts_the_weights_back():
-    model = stack(2)
+class InPlace(nn.Module):
+    """Changes its input, as residual connections may."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        x += self.first(x)
+        x += self.second(x)
+        return x
+
+
+def test_blocks_that_change_their_input_see_it_unchanged():
+    block, x = InPlace().eval(), torch.randn(40, 8)
+    given = x.clone()
+    stages = stages_of(nn.Sequential(block, InPlace()), [x.clone()], {"0.first": block.first}, sequential=True)
+    assert stages[0].groups == (("0.first",),)
+    layers = {"first": block.first, "second": block.second}
+    assert stages_of(block, [x.clone()], layers, sequential=True)[0].groups == (("first",), ("second",))
+    inputs = BlockInputs(block, block, [x])
+    for _ in range(2):
+        (found,) = [
+            moment
+            for name, moment, _ in iter_moments_with_drift(inputs, inputs, nullcontext, {"first": block.first}, 2**20)
+        ]
+        torch.testing.assert_close(found.matrix[0], (given.T @ given / 40).double(), rtol=1e-5, atol=1e-5)
+
+
+class Failing(Attention):
+    """Gives its last layer infinity."""
+
+    def forward(self, x):
+        return x + self.out(self.value(x) / 0.0)
+
+
+def test_an_error_in_a_later_block_puts_the_weights_back():
+    model = nn.Sequential(Attention(), Failing()).eval()
     before = copy.deepcopy(model.state_dict())
-    bad = [torch.randn(2, 3, 8), torch.full((2, 3, 8), torch.inf)]
-    with pytest.raises(Exception, match="NaN or infinity"):
-        DecoupleQPass(calibration=bad).apply(model, grid=GRID)
+    with pytest.raises(InputError, match=r"1\.out: its calibration inputs contain NaN or infinity"):
+        DecoupleQPass(calibration=[torch.randn(2, 3, 8)], rounds=1, starts=(1.0,)).apply(model, grid=GRID)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [{}, {"drift": 0.0}, {"tune_blocks": True, "epochs": 1}])
+def test_a_language_model_that_keeps_a_cache(options):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
+    assert config.use_cache
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(32, (3, 12))
+    mask = torch.ones_like(ids)
+    mask[0, 8:] = 0
+    batches = [{"input_ids": ids, "attention_mask": mask}] * 2
+    DecoupleQPass(calibration=batches, rounds=1, starts=(1.0,), exclude="lm_head", **options).apply(model, grid=GRID)
+    assert len(manifest_of(model).solved) == 14

@@ -20,7 +20,6 @@ with warnings.catch_warnings():  # torchao deprecates some of its own enums whil
     warnings.simplefilter("ignore")
     pytest.importorskip("transformers")  # INC wants it imported first
     pytest.importorskip("neural_compressor.torch.quantization")
-    pytest.importorskip("splitquant_inc.exported")  # imports torchao's quantizers
 logging.getLogger("neural_compressor").setLevel(logging.ERROR)
 
 

@@ -140,6 +140,14 @@ def test_partial_sums_of_convolutions_are_not_quantized(split_pass, sqnr, splitt
     assert sqnr(wanted, split(x)) > sqnr(wanted, plain(x)) - 1
 
 
+def test_a_refused_graph_keeps_no_annotations(split_pass):
+    exported = export(Residual().eval(), example_inputs=(torch.randn(4, 3, 8, 8),))
+    for first in (split_pass(include="no_such_layer"), SplitQuantPass(splitter="grid", budget=4.0)):
+        with pytest.raises(ConfigError):
+            prepare(exported, first + StaticQuantConfig())
+        assert not [node for node in exported.graph.nodes if "quantization_annotation" in node.meta]
+
+
 @torch.no_grad()
 def test_layers_that_set_local_leaves_float_stay_whole(split_pass):
     torch.manual_seed(0)
