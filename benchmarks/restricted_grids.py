@@ -19,16 +19,20 @@ from _harness import report
 from _models import bert_tiny
 
 from splitquant_plugins import SplitQuantPass
+from splitquant_plugins.backends import WeightRequest
 from splitquant_plugins.compare import Subject, load_subject
 from splitquant_plugins.evaluate import accuracy, linear_weights, logits_of, ratio_db, run_of
 from splitquant_plugins.grid import UniformGrid
-from splitquant_plugins.modules import part_owners
+from splitquant_plugins.simulation import SimulatedBackend
 from splitquant_plugins.splitters._bound import additive_bound
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
+
+    from splitquant_plugins.backends import QuantizedModel, WeightFormat
+    from splitquant_plugins.grid import Grid
 
 GRIDS = {
     "affine, tensor": UniformGrid(2, "affine", "tensor"),
@@ -55,15 +59,14 @@ def run(
             wider = UniformGrid(2 * k, grid.scheme, grid.granularity, symmetric_scale=grid.symmetric_scale)
             plain = _noise(weights, {key: wider.quantize_dequantize(weight) for key, weight in weights.items()})
             for splitter in SPLITTERS:
-                rounded = _rounded(model, grid, SplitQuantPass(splitter=splitter, k=k))
-                sums = _sums(rounded, weights)
+                rounded = _OnGrid(grid).quantized(model, SplitQuantPass(splitter=splitter, k=k))
                 rows.append(
                     {
                         "grid": name,
                         "k": k,
                         "splitter": splitter,
-                        "accuracy": None if subject is None else _accuracy(rounded, subject),
-                        "weights, dB": ratio_db(_signal(weights), _noise(weights, sums)),
+                        "accuracy": None if subject is None else _accuracy(rounded.model, subject),
+                        "weights, dB": ratio_db(_signal(weights), _noise(weights, _sums(rounded))),
                         "bound, dB": ratio_db(_signal(weights), bound),
                         "plain of 2k bits, dB": ratio_db(_signal(weights), plain),
                     }
@@ -71,21 +74,24 @@ def run(
     return rows
 
 
-def _rounded(model: nn.Module, grid: UniformGrid, first: SplitQuantPass) -> nn.Module:
-    split = first.apply(copy.deepcopy(model), grid=grid)
-    with torch.no_grad():
-        for weight in linear_weights(split).values():
-            weight.copy_(grid.quantize_dequantize(weight))
-    return split
+class _OnGrid(SimulatedBackend):
+    """The simulated backend on one grid, also on those that it offers no name for."""
+
+    def __init__(self, grid: UniformGrid) -> None:
+        self._grid = grid
+
+    def grid(self, chosen: WeightFormat) -> Grid:
+        return self._grid
+
+    def quantized(self, model: nn.Module, first: SplitQuantPass) -> QuantizedModel:
+        return self.quantize(copy.deepcopy(model), self.resolve(WeightRequest("int2")), first)
 
 
-def _sums(split: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _sums(quantized: QuantizedModel) -> dict[str, Tensor]:
     """What the parts of each layer add up to."""
-    owners = part_owners(split)
-    sums = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
-    for name, weight in linear_weights(split).items():
-        sums[owners.get(name, name)] += weight
-    return sums
+    return {
+        name: torch.stack([part.weight.double() for part in parts]).sum(0) for name, parts in quantized.layers.items()
+    }
 
 
 def _signal(weights: Mapping[str, Tensor]) -> float:

@@ -24,7 +24,7 @@ from splitquant_plugins.check import refuse_quantized_model, refuse_unfit_weight
 from splitquant_plugins.config import SplitConfig, validated
 from splitquant_plugins.decoupleq.alternation import SolveOptions
 from splitquant_plugins.decoupleq.backend_grid import target_of
-from splitquant_plugins.decoupleq.blocks import BlockOptions, block_outputs, other_parameters
+from splitquant_plugins.decoupleq.blocks import BlockOptions, Call, block_outputs, capture_inputs, other_parameters
 from splitquant_plugins.decoupleq.drift import iter_moments_with_drift, with_drift
 from splitquant_plugins.decoupleq.joint import most_parts
 from splitquant_plugins.decoupleq.on_grid import GridSolution, solve_on_grid
@@ -321,8 +321,8 @@ class _Run:
         tunes = config.tune_blocks and stage.block is not None
         with self._float_values():
             if config.sequential and config.drift:
-                before = BlockInputs(self.model, block, self.owner.calibration)
-            targets = block_outputs(block, (before or inputs).calls) if tunes else []
+                before = capture_inputs(self.model, block, self.owner.calibration)
+            targets = block_outputs(block, before or inputs.calls) if tunes else []
         solutions: dict[str, GridSolution] = {}
         floats: dict[str, list[Tensor]] = {}
         for group in stage.groups:
@@ -356,7 +356,7 @@ class _Run:
         return {**floats, **{name: solution.floats for name, solution in solutions.items()}}, trained
 
     def _moments(
-        self, group: Sequence[str], inputs: BlockInputs, before: BlockInputs | None
+        self, group: Sequence[str], inputs: BlockInputs, before: Sequence[Call] | None
     ) -> Iterator[tuple[str, SecondMoment, Tensor | None]]:
         """Second moments of layers, and where there are the float model's inputs too, those across the two."""
         modules = {name: self.layers[name].modules[0] for name in group}

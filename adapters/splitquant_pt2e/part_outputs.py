@@ -34,9 +34,8 @@ class _IntegerParts:
         return annotated
 
 
-def give_parts_outputs(model: GraphModule) -> int:
-    """Annotate the output of every part as its input is; return the number of parts that got it."""
-    found = 0
+def give_parts_outputs(model: GraphModule) -> None:
+    """Annotate the output of every part as its input is."""
     for node in model.graph.nodes:
         source, annotation = node.meta.get(PART), annotation_of(node)
         if source is None or annotation is None:
@@ -44,5 +43,3 @@ def give_parts_outputs(model: GraphModule) -> int:
         spec = resolved(input_spec(node, node.args[source]))
         if spec is not None and not getattr(spec, "is_dynamic", False):
             node.meta[ANNOTATION] = replace(annotation, output_qspec=spec)
-            found += 1
-    return found

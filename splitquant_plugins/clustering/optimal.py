@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[Any]
 
+# What the kernels take.
+_COMPILED = (torch.float32, torch.float64)
 # Rows from this length on are worked on in pieces, several at a time.
 _LONG = 1 << 18
 _PIECE = 1 << 21
@@ -112,7 +114,7 @@ def _checked_weights(weights: Tensor, values: Tensor) -> Array:
 
 def _compilable(values: Tensor) -> Array:
     """The values as an array of float32 or float64, which hold those of all other float types exactly."""
-    known = values.dtype in (torch.float32, torch.float64)
+    known = values.dtype in _COMPILED
     array: Array = (values if known else values.float()).contiguous().numpy()
     return array
 
@@ -122,7 +124,7 @@ def _compilable_chunks(row: Tensor, piece: slice) -> Iterator[Array]:
 
     What was yielded before may be overwritten. The chunks, and so the rounded sums over them, are those of any type.
     """
-    known = row.dtype in (torch.float32, torch.float64)
+    known = row.dtype in _COMPILED
     buffer = torch.empty(0 if known else _CHUNK)
     for chunk in chunks(piece, _CHUNK):
         values = row[chunk]

@@ -8,7 +8,7 @@ T is estimated from few inputs and by layers that are solved one by one, so only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from splitquant_plugins.calibration import (
     only_input,
     plan_passes,
 )
+from splitquant_plugins.decoupleq.blocks import Call, detached
 from splitquant_plugins.decoupleq.objective import prepared_moment
 
 if TYPE_CHECKING:
@@ -32,14 +33,14 @@ if TYPE_CHECKING:
 
 def iter_moments_with_drift(
     now: BlockInputs,
-    before: BlockInputs,
+    before: Sequence[Call],
     float_values: Callable[[], AbstractContextManager[Any]],
     layers: Mapping[str, nn.Module],
     max_bytes: int,
 ) -> Iterator[tuple[str, SecondMoment, Tensor | None]]:
     """Yield each layer's name, second moment H [groups, d, d], and C of the same shape.
 
-    `now` and `before` are the inputs of the same block in the model as it is and in the float model, to whose values
+    `now` are the inputs of a block in the model as it is, `before` the calls of it in the float model, to whose values
     `float_values` switches for a while. C is None where the two call the layer with other
     shapes, as with routed experts; whether rows of one shape belong together is not known.
     """
@@ -52,8 +53,8 @@ def iter_moments_with_drift(
         for index, mask in enumerate(now.masks):
             with naming_batch(index + 1, now.block):
                 with float_values():
-                    wanted = _inputs(before, index, {name: layers[name] for name in names})
-                found = _inputs(now, index, {name: layers[name] for name in names})
+                    wanted = _inputs(now.block, before[index], {name: layers[name] for name in names})
+                found = _inputs(now.block, now.calls[index], {name: layers[name] for name in names})
                 for name in names:
                     for inputs in found[name]:
                         own[name].add(inputs, mask)
@@ -80,8 +81,8 @@ def with_drift(weight: Tensor, moment: Tensor, cross: Tensor, part: float, dampi
 
 
 @torch.no_grad()
-def _inputs(block: BlockInputs, index: int, layers: Mapping[str, nn.Module]) -> dict[str, list[Tensor]]:
-    """What the layers get while the block runs on one of its inputs, call by call."""
+def _inputs(block: nn.Module, replayed: Call, layers: Mapping[str, nn.Module]) -> dict[str, list[Tensor]]:
+    """What the layers get while a call of the block is replayed, call by call."""
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def hook_of(name: str) -> Callable[..., None]:
@@ -90,5 +91,6 @@ def _inputs(block: BlockInputs, index: int, layers: Mapping[str, nn.Module]) -> 
     with evaluating(block), ExitStack() as hooks:
         for name, layer in layers.items():
             hooks.callback(layer.register_forward_pre_hook(hook_of(name), with_kwargs=True).remove)
-        block(index)
+        args, kwargs = detached(replayed)
+        block(*args, **kwargs)
     return found

@@ -59,7 +59,7 @@ def moments(model, batches, layers, changed: nn.Linear, weight: torch.Tensor, ma
     return {
         name: (moment, cross)
         for name, moment, cross in iter_moments_with_drift(
-            now, now, lambda: with_weight(changed, weight), layers, max_bytes
+            now, now.calls, lambda: with_weight(changed, weight), layers, max_bytes
         )
     }
 
@@ -166,7 +166,9 @@ def test_blocks_that_change_their_input_see_it_unchanged():
     for _ in range(2):
         (found,) = [
             moment
-            for name, moment, _ in iter_moments_with_drift(inputs, inputs, nullcontext, {"first": block.first}, 2**20)
+            for name, moment, _ in iter_moments_with_drift(
+                inputs, inputs.calls, nullcontext, {"first": block.first}, 2**20
+            )
         ]
         torch.testing.assert_close(found.matrix[0], (given.T @ given / 40).double(), rtol=1e-5, atol=1e-5)
 
