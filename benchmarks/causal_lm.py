@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from splitquant_plugins import DecoupleQPass
 from splitquant_plugins.backends import Backend, QuantizedModel, WeightFormat, WeightRequest
-from splitquant_plugins.memory import PeakMemory
+from splitquant_plugins.evaluation.peak_memory import PeakMemory
 from splitquant_plugins.plugins import Plugins
 
 LENGTH = 128

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from _harness import report
 
-from splitquant_plugins.files import write_json
-from splitquant_plugins.streaming.headers import TensorSpec, longest_header
-from splitquant_plugins.streaming.source import INDEX_FILE
+from splitquant_plugins.checkpoints.files import write_json
+from splitquant_plugins.checkpoints.headers import TensorSpec, longest_header
+from splitquant_plugins.checkpoints.source import INDEX_FILE
 from splitquant_plugins.streaming.writer import ShardWriter
 
 LIMIT = 2 << 30

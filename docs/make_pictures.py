@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from splitquant_plugins import LayerPlan, SplitQuantPass, UniformGrid
-from splitquant_plugins.evaluate import sqnr_db
-from splitquant_plugins.pictures import COLOURS, FAINT, INK, WHOLE
+from splitquant_plugins.evaluation.metrics import sqnr_db
+from splitquant_plugins.evaluation.pictures import COLOURS, FAINT, INK, WHOLE
 
 GRID = UniformGrid(bits=2, granularity="tensor")
 BINS = 126

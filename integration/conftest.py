@@ -7,8 +7,8 @@ import os
 import pytest
 from assets import locate
 
-from splitquant_plugins.compare import Subject, load_subject
 from splitquant_plugins.errors import SplitQuantError
+from splitquant_plugins.evaluation.compare import Subject, load_subject
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

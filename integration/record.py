@@ -10,8 +10,8 @@ from pathlib import Path
 from assets import locate
 
 from splitquant_plugins.backends import WeightRequest
-from splitquant_plugins.compare import load_subject, plan_runs, row_of
-from splitquant_plugins.files import write_json
+from splitquant_plugins.checkpoints.files import write_json
+from splitquant_plugins.evaluation.compare import load_subject, plan_runs, row_of
 from splitquant_plugins.plugins import Plugins
 
 KEPT = (

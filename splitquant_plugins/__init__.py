@@ -16,32 +16,33 @@ from splitquant_plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from splitquant_plugins.config import SplitConfig
-    from splitquant_plugins.decoupleq_pass import DecoupleQPass
+    from splitquant_plugins.decoupleq.decoupleq_pass import DecoupleQPass
     from splitquant_plugins.errors import SplitQuantError
-    from splitquant_plugins.fusion import fuse, unfuse
     from splitquant_plugins.grid import Grid, UniformGrid
-    from splitquant_plugins.manifest import Manifest, apply_manifest, manifest_of
+    from splitquant_plugins.manifest import Manifest, manifest_of
+    from splitquant_plugins.passes.merge_parts import fuse, unfuse
+    from splitquant_plugins.passes.rebuild import apply_manifest
+    from splitquant_plugins.passes.splitquant import SplitQuantPass
     from splitquant_plugins.plan import LayerPlan, Skip, TensorPlan
-    from splitquant_plugins.split_pass import SplitQuantPass
     from splitquant_plugins.splitters.base import Splitter, SplitterOptions
 
 _HOME = {
-    "DecoupleQPass": "decoupleq_pass",
+    "DecoupleQPass": "decoupleq.decoupleq_pass",
     "Grid": "grid",
     "LayerPlan": "plan",
     "Manifest": "manifest",
     "Skip": "plan",
     "SplitConfig": "config",
     "SplitQuantError": "errors",
-    "SplitQuantPass": "split_pass",
+    "SplitQuantPass": "passes.splitquant",
     "Splitter": "splitters.base",
     "SplitterOptions": "splitters.base",
     "TensorPlan": "plan",
     "UniformGrid": "grid",
-    "apply_manifest": "manifest",
-    "fuse": "fusion",
+    "apply_manifest": "passes.rebuild",
+    "fuse": "passes.merge_parts",
     "manifest_of": "manifest",
-    "unfuse": "fusion",
+    "unfuse": "passes.merge_parts",
 }
 
 __all__ = [

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from splitquant_plugins.grid import Grid
     from splitquant_plugins.manifest import LayerRecord, Manifest
     from splitquant_plugins.modules import SplitModule
+    from splitquant_plugins.passes.base import ModelPass
     from splitquant_plugins.plan import LayerPlan, Skip, TensorPlan
     from splitquant_plugins.plugins import RegisterBackend, RegisterSplitter
-    from splitquant_plugins.split_pass import ModelPass
 
 PROJECT = "splitquant"
 

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from splitquant_plugins.checkpoints.files import write_text
 from splitquant_plugins.config import SplitConfig
-from splitquant_plugins.errors import AlreadySplitError, InputError, SkeletonMismatchError
-from splitquant_plugins.files import write_text
+from splitquant_plugins.errors import InputError, SkeletonMismatchError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from splitquant_plugins.plugins import Plugins
 
 FORMAT = 1
 FILE_NAME = "splitquant_manifest.json"
@@ -136,22 +135,3 @@ def manifest_of(model: nn.Module) -> Manifest:
 def set_manifest(model: nn.Module, manifest: Manifest) -> None:
     """Attach the manifest to the model that it describes."""
     setattr(model, ATTRIBUTE, manifest)
-
-
-def apply_manifest(model: nn.Module, manifest: Manifest, plugins: Plugins | None = None) -> nn.Module:
-    """Rebuild the split skeleton in a freshly made, unsplit model, with empty parts to be loaded into.
-
-    Raises SkeletonMismatchError where a layer is missing or has another shape, AlreadySplitError where the
-    model was split before.
-    """
-    from splitquant_plugins.plugins import Plugins
-    from splitquant_plugins.skeleton import rebuild
-    from splitquant_plugins.transformers_models import forget_tied_embeddings
-
-    if getattr(model, ATTRIBUTE, None) is not None:
-        raise AlreadySplitError("the model was split before; rebuild the skeleton in a fresh one")
-    model = rebuild(model, manifest, plugins or Plugins.load())
-    if manifest.config.untie_embeddings:
-        forget_tied_embeddings(model)
-    set_manifest(model, manifest)
-    return model

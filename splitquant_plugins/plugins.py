@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from splitquant_plugins.grid import Grid
     from splitquant_plugins.manifest import LayerRecord, Manifest
     from splitquant_plugins.modules import SplitModule
+    from splitquant_plugins.passes.base import ModelPass
     from splitquant_plugins.plan import LayerPlan, Skip, TensorPlan
-    from splitquant_plugins.split_pass import ModelPass
     from splitquant_plugins.splitters.base import Splitter
 
 BUILTIN_PLUGINS = (
@@ -108,7 +108,7 @@ class Plugins:
         """Load the built-in plugins and those named by entry points of the group `splitquant`."""
         environment = os.environ if environment is None else environment
         plugins = cls()
-        version = _own_version()
+        version = own_version()
         for name in BUILTIN_PLUGINS:
             plugins.add(import_module(name), name.rpartition(".")[2], "built in", version)
         plugins.add(_SplitterDispatch(plugins), "splitter dispatch", "built in", version)
@@ -280,7 +280,8 @@ def _checked(hook: str, answer: Any, kinds: tuple[type, ...]) -> Any:
     return answer
 
 
-def _own_version() -> str:
+def own_version() -> str:
+    """The version of this package, as the manifest records it."""
     try:
         return metadata.version("splitquant-plugins")
     except metadata.PackageNotFoundError:

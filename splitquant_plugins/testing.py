@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from splitquant_plugins.backends import Backend, QuantizedModel, WeightFormat, WeightRequest
 from splitquant_plugins.errors import ConfigError, MissingExtraError, SplitQuantError
-from splitquant_plugins.evaluate import linear_weights, sqnr_db
+from splitquant_plugins.evaluation.metrics import linear_weights, sqnr_db
 from splitquant_plugins.manifest import FILE_NAME, manifest_of
 from splitquant_plugins.modules import SplitModule
+from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.plugins import Plugins
-from splitquant_plugins.split_pass import SplitQuantPass
 
 
 def small_classifier(seed: int = 0) -> nn.Module:

@@ -149,8 +149,8 @@ def test_a_float_split_model_is_saved_and_loaded_as_the_readme_says(models: Any)
 def test_transformers_loads_a_float_split_model_wrongly_as_the_readme_warns(models: Any) -> None:
     transformers = pytest.importorskip("transformers")
     from splitquant_plugins import SplitQuantPass
+    from splitquant_plugins.checkpoints.transformers_models import load_model
     from splitquant_plugins.errors import InputError
-    from splitquant_plugins.transformers_models import load_model
 
     model = SplitQuantPass()(models.bert())
     model.save_pretrained("wrong")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from splitquant_plugins.grid import Grid
-    from splitquant_plugins.split_pass import ModelPass
+    from splitquant_plugins.passes.base import ModelPass
 
 DISTRIBUTIONS = ("neural-compressor", "neural-compressor-pt")
 
@@ -75,8 +75,8 @@ class IncBackend(Backend):
 
         from splitquant_inc.storage import state_of
         from splitquant_inc.stored import stored_layers
-        from splitquant_plugins.checkpoint import state_bytes
-        from splitquant_plugins.evaluate import run_of
+        from splitquant_plugins.checkpoints.tensors import state_bytes
+        from splitquant_plugins.evaluation.metrics import run_of
 
         transposed = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
         recipe = _recipe(chosen, model)

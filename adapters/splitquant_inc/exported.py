@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from splitquant_inc.recipe import PassFirst
 from splitquant_plugins.errors import ConfigError, InputError
-from splitquant_plugins.split_pass import SplitQuantPass
+from splitquant_plugins.passes.splitquant import SplitQuantPass
 
 GRAPH_SPLIT = "splitquant_pt2e.recipe"
 EXPORT_SPLIT = "export(SplitQuantPass()(model), example_inputs=...), then prepare with the configuration alone"

@@ -12,8 +12,8 @@ from neural_compressor.torch.algorithms.weight_only.modules import INCWeightOnly
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
+from splitquant_plugins.checkpoints.files import read_json
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
-from splitquant_plugins.files import read_json
 
 Size = Annotated[int, Field(ge=1)]
 Dtype = Literal["float16", "bfloat16", "float32", "int8", "int16", "int32", "int64"]

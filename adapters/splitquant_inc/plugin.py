@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from splitquant_plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from splitquant_plugins.passes.base import ModelPass
     from splitquant_plugins.plugins import RegisterBackend
-    from splitquant_plugins.split_pass import ModelPass
 
 
 @hookimpl

@@ -23,7 +23,7 @@ from neural_compressor.torch.quantization.config import (
 from splitquant_plugins.errors import ConfigError
 
 if TYPE_CHECKING:
-    from splitquant_plugins.split_pass import ModelPass
+    from splitquant_plugins.passes.base import ModelPass
 
 WEIGHT_ONLY = (RTNConfig, GPTQConfig, HQQConfig)
 EXPORTED = (INT8StaticQuantConfig, DynamicQuantConfig)

@@ -18,11 +18,12 @@ from torch.fx import GraphModule
 
 from splitquant_inc.packing import PackedHqq, PackedInc, Storage, empty_module, packed_layer
 from splitquant_inc.stored import quantized_layers
-from splitquant_plugins.checkpoint import read_tensors, untied_state, write_tensors
+from splitquant_plugins.checkpoints.files import write_json
+from splitquant_plugins.checkpoints.tensors import read_tensors, untied_state, write_tensors
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
-from splitquant_plugins.files import write_json
-from splitquant_plugins.manifest import ATTRIBUTE, FILE_NAME, Manifest, apply_manifest
-from splitquant_plugins.surgery import replace_module
+from splitquant_plugins.manifest import ATTRIBUTE, FILE_NAME, Manifest
+from splitquant_plugins.passes.module_tree import replace_module
+from splitquant_plugins.passes.rebuild import apply_manifest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -115,7 +116,7 @@ def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, PackedInc |
 
 
 def _model_of(folder: Path) -> nn.Module:
-    from splitquant_plugins.transformers_models import empty_model, load_config
+    from splitquant_plugins.checkpoints.transformers_models import empty_model, load_config
 
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no config.json: pass the unsplit float model, load(folder, model)")

@@ -24,8 +24,8 @@ from splitquant_inc.refuse import (
     refuse_reload,
     refuse_wrapping,
 )
-from splitquant_plugins.check import refuse_unfit_model
 from splitquant_plugins.errors import ConfigError, InputError
+from splitquant_plugins.passes.checks import refuse_unfit_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

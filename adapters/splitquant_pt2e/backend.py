@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from splitquant_plugins.backends import Backend, Batch, QuantizedModel, Support, WeightFormat
-from splitquant_plugins.checkpoint import state_bytes
+from splitquant_plugins.checkpoints.tensors import state_bytes
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.grid import Grid
 from splitquant_plugins.manifest import ATTRIBUTE, Manifest, manifest_of
 from splitquant_plugins.modules import part_owners
-from splitquant_plugins.split_pass import ModelPass
+from splitquant_plugins.passes.base import ModelPass
 
 _SUPPORT = Support(("channel", "tensor"), ("affine", "symmetric"))
 

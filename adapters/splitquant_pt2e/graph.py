@@ -14,14 +14,14 @@ from joblib import Parallel, delayed
 from torch import Tensor
 from torch.fx import GraphModule
 
-from splitquant_plugins.check import refuse_unfit_weights
 from splitquant_plugins.errors import AlreadyQuantizedError, AlreadySplitError, ConfigError, InputError
 from splitquant_plugins.manifest import ATTRIBUTE, LayerRecord, Manifest, set_manifest
+from splitquant_plugins.passes.checks import refuse_unfit_weights
+from splitquant_plugins.passes.select import Layer
+from splitquant_plugins.passes.split_layer import SplitTensors
+from splitquant_plugins.passes.splitquant import kept_record
 from splitquant_plugins.plan import LayerPlan
-from splitquant_plugins.plugins import _own_version
-from splitquant_plugins.selection import Layer
-from splitquant_plugins.split_pass import kept_record
-from splitquant_plugins.tensors import SplitTensors
+from splitquant_plugins.plugins import own_version
 from splitquant_pt2e.annotation import input_spec, redirect_all, resolved
 from splitquant_pt2e.grid import Pt2eGrid
 from splitquant_pt2e.layers import NAME, LayerCall, innermost_module, layer_calls, layer_name, layer_plan, tensor_of
@@ -30,7 +30,8 @@ from splitquant_pt2e.surgery import Moves, PartStore, replace_call
 if TYPE_CHECKING:
     from splitquant_plugins.config import SplitConfig
     from splitquant_plugins.grid import Grid
-    from splitquant_plugins.split_pass import GridRule, SplitQuantPass
+    from splitquant_plugins.passes.base import GridRule
+    from splitquant_plugins.passes.splitquant import SplitQuantPass
 
 aten = torch.ops.aten
 _SPLIT_WEIGHT = re.compile(r"\.lower[._]weight$")
@@ -72,7 +73,7 @@ def split_graph(
     refuse_unfit_pass(split_pass)
     started = time.perf_counter()
     manifest = Manifest(
-        version=_own_version(), config=split_pass.config, splitter_options=split_pass.splitter_options.model_dump()
+        version=own_version(), config=split_pass.config, splitter_options=split_pass.splitter_options.model_dump()
     )
     layers = _layers(model, split_pass.config, annotated)
     chosen = [layer for layer in layers if layer.reason is None and layer.plan is not None]

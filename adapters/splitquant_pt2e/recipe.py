@@ -13,7 +13,8 @@ from typing import Any
 from torch.fx import GraphModule
 
 from splitquant_plugins.errors import ConfigError
-from splitquant_plugins.split_pass import ModelPass, SplitQuantPass
+from splitquant_plugins.passes.base import ModelPass
+from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_pt2e.annotation import annotation_of
 from splitquant_pt2e.compat import ANNOTATION, fold_batchnorms
 from splitquant_pt2e.graph import refuse_unfit_graph, refuse_unfit_pass, split_graph

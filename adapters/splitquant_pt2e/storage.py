@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from splitquant_plugins.checkpoint import read_tensors, untied_state, write_tensors
+from splitquant_plugins.checkpoints.files import read_json, write_json
+from splitquant_plugins.checkpoints.tensors import read_tensors, untied_state, write_tensors
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
-from splitquant_plugins.files import read_json, write_json
 from splitquant_plugins.manifest import ATTRIBUTE, FILE_NAME, Manifest, set_manifest
 from splitquant_pt2e.graph_json import graph_from_json, graph_to_json
 from splitquant_pt2e.layers import tensor_of

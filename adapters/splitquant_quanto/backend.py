@@ -13,18 +13,18 @@ from splitquant_plugins.backends import (
     ROUND_TO_NEAREST,
     Backend,
     Batch,
+    Packer,
     QuantizedModel,
     Support,
     WeightFormat,
     WeightRequest,
 )
-from splitquant_plugins.checkpoint import state_bytes
+from splitquant_plugins.checkpoints.tensors import state_bytes
 from splitquant_plugins.errors import ConfigError
-from splitquant_plugins.evaluate import run_of
+from splitquant_plugins.evaluation.metrics import run_of
 from splitquant_plugins.grid import Grid
 from splitquant_plugins.manifest import manifest_of
-from splitquant_plugins.split_pass import ModelPass
-from splitquant_plugins.streaming.packer import Packer
+from splitquant_plugins.passes.base import ModelPass
 
 
 class QuantoBackend(Backend):

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from splitquant_plugins.modules import SplitModule
+    from splitquant_plugins.passes.base import ModelPass
     from splitquant_plugins.plugins import RegisterBackend
-    from splitquant_plugins.split_pass import ModelPass
 
 
 @hookimpl

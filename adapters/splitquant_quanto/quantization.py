@@ -15,7 +15,7 @@ from torch import nn
 from splitquant_plugins.backends import StoredWeight
 from splitquant_plugins.errors import ConfigError, InputError
 from splitquant_plugins.modules import part_owners
-from splitquant_plugins.split_pass import ModelPass
+from splitquant_plugins.passes.base import ModelPass
 from splitquant_quanto.grid import QuantoGrid, refuse_tinygemm_rows
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from transformers.quantizers.quantizer_quanto import QuantoHfQuantizer
 from transformers.utils import logging
 
 from splitquant_plugins.errors import ConfigError
-from splitquant_plugins.split_pass import ModelPass
+from splitquant_plugins.passes.base import ModelPass
 from splitquant_quanto.quantization import quantize_after, refuse_activations
 
 METHOD = "splitquant_quanto"

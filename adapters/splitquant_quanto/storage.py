@@ -21,15 +21,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from splitquant_plugins.checkpoint import read_tensors, untied_state, write_tensors
+from splitquant_plugins.checkpoints.files import read_json, write_json
+from splitquant_plugins.checkpoints.headers import TensorSpec
+from splitquant_plugins.checkpoints.source import Source, is_sharded
+from splitquant_plugins.checkpoints.tensors import read_tensors, untied_state, write_tensors
+from splitquant_plugins.checkpoints.transformers_models import empty_model, load_config
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
-from splitquant_plugins.files import read_json, write_json
-from splitquant_plugins.manifest import FILE_NAME, Manifest, apply_manifest, manifest_of
+from splitquant_plugins.manifest import FILE_NAME, Manifest, manifest_of
 from splitquant_plugins.modules import SplitModule
-from splitquant_plugins.split_pass import SplitQuantPass
-from splitquant_plugins.streaming.headers import TensorSpec
-from splitquant_plugins.streaming.source import Source, is_sharded
-from splitquant_plugins.transformers_models import empty_model, load_config
+from splitquant_plugins.passes.rebuild import apply_manifest
+from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_quanto.grid import group_size_of
 from splitquant_quanto.quantization import LAYERS, quantize_after
 

@@ -10,8 +10,8 @@ import torch
 from optimum.quanto import AbsmaxOptimizer, AffineOptimizer, MaxOptimizer, QTensor, quantize_weight
 from torch import Tensor, nn
 
-from splitquant_plugins.streaming.headers import TensorSpec
-from splitquant_plugins.streaming.packer import Packer
+from splitquant_plugins.backends import Packer
+from splitquant_plugins.checkpoints.headers import TensorSpec
 from splitquant_quanto.grid import QTYPES, QuantoGrid, group_size_of, kept_by_tinygemm, refuse_tinygemm_rows
 from splitquant_quanto.optimizer import ZeroExactOptimizer
 from splitquant_quanto.quantization import LAYERS, _splittable

@@ -17,6 +17,6 @@ def splitquant_prepare_model(model: nn.Module, config: SplitConfig) -> list[str]
     """Split the activation layers, where the option asks for it."""
     if not config.activations:
         return []
-    from splitquant_plugins.activations import split_activations
+    from splitquant_plugins.passes.split_activations import split_activations
 
     return split_activations(model, config)

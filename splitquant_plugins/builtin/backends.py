@@ -13,4 +13,8 @@ if TYPE_CHECKING:
 @hookimpl
 def splitquant_register_backends(register: RegisterBackend) -> None:
     """Register the simulated backend."""
-    register("simulated", "splitquant_plugins.simulation:SimulatedBackend", "any linear grid, by fake quantization")
+    register(
+        "simulated",
+        "splitquant_plugins.evaluation.simulated_backend:SimulatedBackend",
+        "any linear grid, by fake quantization",
+    )

@@ -17,6 +17,6 @@ def splitquant_prepare_model(model: nn.Module, config: SplitConfig) -> list[str]
     """Fold every BatchNorm that directly follows a convolution, unless the option is off."""
     if not config.fold_batchnorm:
         return []
-    from splitquant_plugins.batchnorm import fold_batchnorms
+    from splitquant_plugins.passes.fold_batchnorm import fold_batchnorms
 
     return fold_batchnorms(model)

@@ -70,9 +70,9 @@ def compare(
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from splitquant_plugins import compare as comparison
-    from splitquant_plugins import report
     from splitquant_plugins.backends import WeightRequest
+    from splitquant_plugins.evaluation import compare as comparison
+    from splitquant_plugins.evaluation import tables as report
     from splitquant_plugins.plugins import Plugins
 
     quiet_libraries()

@@ -11,7 +11,7 @@ import click
 from splitquant_plugins.cli.options import json_option, quiet_libraries
 
 if TYPE_CHECKING:
-    from splitquant_plugins.report import Column
+    from splitquant_plugins.evaluation.tables import Column
 
 WEIGHTS = ("int2", "int4", "int8")
 FULL = {"train_rows": 12000, "test_rows": 2000, "steps": 800}
@@ -35,18 +35,18 @@ def demo(context: click.Context, seed: int, quick: bool, json_path: Path | None)
     import torch
     from rich.console import Console
 
-    from splitquant_plugins import report
     from splitquant_plugins.backends import WeightRequest
-    from splitquant_plugins.compare import compare, plan_runs
+    from splitquant_plugins.checkpoints.transformers_models import require_transformers
     from splitquant_plugins.demo.corpus import LABELS
     from splitquant_plugins.demo.findings import findings
     from splitquant_plugins.demo.subject import train_subject
     from splitquant_plugins.demo.training import one_thread
-    from splitquant_plugins.evaluate import linear_weights
-    from splitquant_plugins.inspection import count_outliers
+    from splitquant_plugins.evaluation import tables as report
+    from splitquant_plugins.evaluation.compare import compare, plan_runs
+    from splitquant_plugins.evaluation.inspect_layers import count_outliers
+    from splitquant_plugins.evaluation.metrics import linear_weights
     from splitquant_plugins.plugins import Plugins
     from splitquant_plugins.progress import track
-    from splitquant_plugins.transformers_models import require_transformers
 
     started = time.perf_counter()
     require_transformers()
@@ -100,7 +100,7 @@ def version_of(package: str) -> str:
 
 
 def _columns() -> Sequence[Column]:
-    from splitquant_plugins import report
+    from splitquant_plugins.evaluation import tables as report
 
     shown = ("weights", "split", "accuracy", "agreement", "logit_sqnr_db", "weight_sqnr_db")
     known = {column[0]: column for column in report.COMPARE_COLUMNS}

@@ -13,10 +13,10 @@ from splitquant_plugins.cli.options import json_option, pass_options, quiet_libr
 if TYPE_CHECKING:
     from torch import nn
 
+    from splitquant_plugins.evaluation.inspect_layers import Inspection
+    from splitquant_plugins.evaluation.tables import Column
     from splitquant_plugins.grid import Grid
-    from splitquant_plugins.inspection import Inspection
-    from splitquant_plugins.report import Column
-    from splitquant_plugins.split_pass import SplitQuantPass
+    from splitquant_plugins.passes.splitquant import SplitQuantPass
 
 
 @click.command()
@@ -64,13 +64,14 @@ def inspect(
     many bits, per tensor and per output channel. Bits per weight count codes, scales and zero points, per channel.
     Nothing is written to MODEL.
     """
-    from splitquant_plugins import pictures, report
+    from splitquant_plugins.checkpoints.transformers_models import load_model
     from splitquant_plugins.errors import InputError
+    from splitquant_plugins.evaluation import pictures
+    from splitquant_plugins.evaluation import tables as report
     from splitquant_plugins.grid import UniformGrid
     from splitquant_plugins.manifest import FILE_NAME
+    from splitquant_plugins.passes.splitquant import SplitQuantPass
     from splitquant_plugins.plugins import Plugins
-    from splitquant_plugins.split_pass import SplitQuantPass
-    from splitquant_plugins.transformers_models import load_model
 
     quiet_libraries()
     if picture is not None:
@@ -106,12 +107,12 @@ def inspections(
     """
     import torch
 
-    from splitquant_plugins.check import refuse_unfit_model, refuse_unfit_weights
     from splitquant_plugins.errors import InputError
+    from splitquant_plugins.evaluation.inspect_layers import inspect_weight
     from splitquant_plugins.grid import UniformGrid
-    from splitquant_plugins.inspection import inspect_weight
+    from splitquant_plugins.passes.checks import refuse_unfit_model, refuse_unfit_weights
+    from splitquant_plugins.passes.select import select_layers
     from splitquant_plugins.progress import track
-    from splitquant_plugins.selection import select_layers
 
     refuse_unfit_model(model)
     split_pass.plugins.prepare_model(model, split_pass.config)
@@ -141,9 +142,9 @@ def curve_of(model: nn.Module, split_pass: SplitQuantPass, grid: Grid) -> list[d
     Each is a layer that gets more parts, with the stored bits per weight and the weight SQNR in decibels from
     then on, over all layers that the pass would split.
     """
-    from splitquant_plugins.budget import tradeoff
-    from splitquant_plugins.evaluate import ratio_db
-    from splitquant_plugins.selection import select_layers
+    from splitquant_plugins.evaluation.metrics import ratio_db
+    from splitquant_plugins.passes.budget import tradeoff
+    from splitquant_plugins.passes.select import select_layers
 
     layers = select_layers(model, split_pass.config, split_pass.plugins).split
     weights = [layer.plan.weight.detach() for layer in layers]
@@ -213,7 +214,7 @@ def _count(value: int) -> str:
 
 
 def _curve_columns() -> Sequence[Column]:
-    from splitquant_plugins.report import text, two_decimals
+    from splitquant_plugins.evaluation.tables import text, two_decimals
 
     return (
         ("bits_per_weight", "bits/weight", two_decimals),
@@ -225,7 +226,7 @@ def _curve_columns() -> Sequence[Column]:
 
 
 def _columns() -> Sequence[Column]:
-    from splitquant_plugins.report import text, two_decimals
+    from splitquant_plugins.evaluation.tables import text, two_decimals
 
     return (
         ("layer", "layer", text),

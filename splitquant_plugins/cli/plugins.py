@@ -16,7 +16,7 @@ def plugins(json_path: Path | None) -> None:
     import warnings
     from dataclasses import asdict
 
-    from splitquant_plugins import report
+    from splitquant_plugins.evaluation import tables as report
     from splitquant_plugins.plugins import Plugins
 
     with warnings.catch_warnings():

@@ -44,11 +44,11 @@ def quantize(
     json_path: Path | None,
 ) -> None:
     """Split and quantize MODEL (Hub id or folder) and save it, ready to be loaded by the backend's adapter."""
-    from splitquant_plugins import report
     from splitquant_plugins.backends import WeightRequest
-    from splitquant_plugins.compare import calibration_batches
+    from splitquant_plugins.evaluation import tables as report
+    from splitquant_plugins.evaluation.compare import calibration_batches
     from splitquant_plugins.plugins import Plugins
-    from splitquant_plugins.quantize import quantize_model
+    from splitquant_plugins.streaming.quantize_model import quantize_model
 
     quiet_libraries()
     options = {**pass_options(k, budget, jobs, extra), "seed": seed, "progress": True}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from splitquant_plugins.chunked import chunks, in_threads, iter_in_threads
 from splitquant_plugins.clustering import kernels
 from splitquant_plugins.errors import InputError
+from splitquant_plugins.parallel import chunks, in_threads, iter_in_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

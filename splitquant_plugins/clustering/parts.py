@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from splitquant_plugins.chunked import CHUNK, chunks, in_threads, spans
+from splitquant_plugins.parallel import CHUNK, chunks, in_threads, spans
 
 
 def assign(values: Tensor, boundaries: Tensor) -> Tensor:

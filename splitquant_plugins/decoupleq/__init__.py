@@ -1,7 +1,7 @@
 """decoupleQ (arXiv 2404.12759): integers and floats of a quantized weight, optimised in turns.
 
 `solve_layer` is the layer stage, `solve_parts` the same for a weight that is split into k layers, and
-`tune_block` the block stage. Second moments come from `splitquant_plugins.calibration`.
+`tune_block` the block stage. Second moments come from `splitquant_plugins.passes.calibration`.
 """
 
 from splitquant_plugins.decoupleq.alternation import SolveOptions

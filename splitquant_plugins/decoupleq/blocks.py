@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from splitquant_plugins.calibration import Batches, evaluating, iter_calls, naming_batch
 from splitquant_plugins.errors import ConfigError, InputError
+from splitquant_plugins.passes.calibration import Batches, evaluating, iter_calls, naming_batch
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.calibration import (
+from splitquant_plugins.decoupleq.blocks import Call, detached
+from splitquant_plugins.decoupleq.objective import prepared_moment
+from splitquant_plugins.passes.calibration import (
     RunningMean,
     SecondMoment,
     evaluating,
@@ -24,8 +26,6 @@ from splitquant_plugins.calibration import (
     only_input,
     plan_passes,
 )
-from splitquant_plugins.decoupleq.blocks import Call, detached
-from splitquant_plugins.decoupleq.objective import prepared_moment
 
 if TYPE_CHECKING:
     from splitquant_plugins.decoupleq.stages import BlockInputs

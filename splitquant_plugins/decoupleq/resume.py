@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from splitquant_plugins.checkpoint import read_tensors, write_tensors
+from splitquant_plugins.checkpoints.files import read_json, write_json
+from splitquant_plugins.checkpoints.tensors import read_tensors, write_tensors
 from splitquant_plugins.errors import InputError
-from splitquant_plugins.files import read_json, write_json
 
 
 def fingerprint(description: Mapping[str, Any], tensors: Iterable[Tensor]) -> str:

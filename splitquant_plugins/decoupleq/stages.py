@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.calibration import Batches, evaluating, iter_calls, naming_batch, only_input
 from splitquant_plugins.decoupleq.blocks import Call, capture_inputs, detached, find_blocks
 from splitquant_plugins.errors import InputError
+from splitquant_plugins.passes.calibration import Batches, evaluating, iter_calls, naming_batch, only_input
 
 
 @dataclass(frozen=True)

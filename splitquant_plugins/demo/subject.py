@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from splitquant_plugins.compare import Subject
-from splitquant_plugins.data import LabelledTexts
 from splitquant_plugins.demo.corpus import LABELS, make_corpus
 from splitquant_plugins.demo.training import bert_tiny, train
 from splitquant_plugins.demo.vocabulary import Vocabulary
-from splitquant_plugins.evaluate import logits_of, run_of, tokenize
+from splitquant_plugins.evaluation.compare import Subject
+from splitquant_plugins.evaluation.metrics import logits_of, run_of, tokenize
+from splitquant_plugins.evaluation.texts import LabelledTexts
 
 MAX_LENGTH = 64
 MODEL_NAME, DATA_NAME = "BERT-Tiny trained by the demo", "generated notes to a hotel"

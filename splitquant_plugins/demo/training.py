@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from splitquant_plugins.checkpoints.transformers_models import require_transformers
 from splitquant_plugins.progress import track
-from splitquant_plugins.transformers_models import require_transformers
 
 
 @contextmanager

@@ -11,16 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from splitquant_plugins.backends import Packer
+from splitquant_plugins.checkpoints.headers import TensorSpec
+from splitquant_plugins.checkpoints.source import Source
+from splitquant_plugins.checkpoints.transformers_models import empty_model, load_config
 from splitquant_plugins.errors import AlreadyQuantizedError, ConfigError, InputError
 from splitquant_plugins.modules import part_names
+from splitquant_plugins.passes.module_tree import occurrences
+from splitquant_plugins.passes.select import KeptLayer, select_layers
+from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.plan import LayerPlan
-from splitquant_plugins.selection import KeptLayer, select_layers
-from splitquant_plugins.split_pass import SplitQuantPass
-from splitquant_plugins.streaming.headers import TensorSpec
-from splitquant_plugins.streaming.packer import Packer
-from splitquant_plugins.streaming.source import Source
-from splitquant_plugins.surgery import occurrences
-from splitquant_plugins.transformers_models import empty_model, load_config
 
 IN_MEMORY = "use --no-stream to load the model into memory"
 

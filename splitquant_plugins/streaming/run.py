@@ -16,20 +16,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from splitquant_plugins.backends import WEIGHT_PREFIX, Packer
+from splitquant_plugins.checkpoints.files import write_json
+from splitquant_plugins.checkpoints.headers import TensorSpec, longest_header
+from splitquant_plugins.checkpoints.source import INDEX_FILE, Source
+from splitquant_plugins.checkpoints.transformers_models import forget_tied_embeddings
 from splitquant_plugins.errors import ConfigError, InputError, SplitFailedError
-from splitquant_plugins.files import write_json
 from splitquant_plugins.manifest import LayerRecord, Manifest
-from splitquant_plugins.plugins import _own_version
+from splitquant_plugins.passes.splitquant import SplitQuantPass, kept_record
+from splitquant_plugins.plugins import own_version
 from splitquant_plugins.progress import track
-from splitquant_plugins.split_pass import SplitQuantPass, kept_record
-from splitquant_plugins.streaming.headers import TensorSpec, longest_header
 from splitquant_plugins.streaming.layout import IN_MEMORY, Layout, Unit, make_layout
-from splitquant_plugins.streaming.packer import WEIGHT_PREFIX, Packer
 from splitquant_plugins.streaming.pipeline import in_order
-from splitquant_plugins.streaming.source import INDEX_FILE, Source
 from splitquant_plugins.streaming.workplace import ShardRecord, Workplace
 from splitquant_plugins.streaming.writer import ShardWriter
-from splitquant_plugins.transformers_models import forget_tied_embeddings
 
 if TYPE_CHECKING:
     from splitquant_plugins.backends import WeightFormat
@@ -213,7 +213,7 @@ class _Run:
         kept = [kept_record(layer.names, layer.reason, type(layer.module).__name__) for layer in self._layout.kept]
         layers = [*kept, *(by_name[name] for name in self._layout.order)]
         manifest = Manifest(
-            version=_own_version(),
+            version=own_version(),
             config=self._first.config,
             splitter_options=self._first.splitter_options.model_dump(),
             layers=layers,
@@ -281,7 +281,7 @@ def _plan(source: Source, first: SplitQuantPass, form: WeightFormat, shard_bytes
         "weight format": form.__dict__,
         "options": first.config.model_dump(mode="json"),
         "splitter options": first.splitter_options.model_dump(mode="json"),
-        "version": _own_version(),
+        "version": own_version(),
         "shard size": shard_bytes,
     }
     answer: dict[str, Any] = json.loads(json.dumps(plan))

@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from splitquant_plugins.checkpoints.files import read_json, write_json, write_text
 from splitquant_plugins.errors import InputError
-from splitquant_plugins.files import read_json, write_json, write_text
 from splitquant_plugins.manifest import LayerRecord
 from splitquant_plugins.streaming.writer import sync_folder
 

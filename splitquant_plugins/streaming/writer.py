@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from splitquant_plugins.streaming.headers import ALIGNMENT, TensorSpec, header_bytes
+from splitquant_plugins.checkpoints.headers import ALIGNMENT, TensorSpec, header_bytes
 
 
 class ShardWriter:

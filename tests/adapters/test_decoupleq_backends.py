@@ -9,10 +9,10 @@ import torch
 
 from splitquant_plugins import DecoupleQPass, SplitQuantPass, manifest_of
 from splitquant_plugins.backends import WeightRequest
-from splitquant_plugins.compare import Subject, plan_runs, row_of
-from splitquant_plugins.data import LabelledTexts
 from splitquant_plugins.errors import ConfigError
-from splitquant_plugins.evaluate import logits_of, run_of
+from splitquant_plugins.evaluation.compare import Subject, plan_runs, row_of
+from splitquant_plugins.evaluation.metrics import logits_of, run_of
+from splitquant_plugins.evaluation.texts import LabelledTexts
 from splitquant_plugins.testing import small_batch, small_classifier
 
 FAST = {"rounds": 1, "starts": (1.0,), "sweeps": 1, "search_inputs": 0}

@@ -15,8 +15,8 @@ from torch import nn
 from splitquant_plugins.cli.inspect import inspect, inspections
 from splitquant_plugins.errors import ConfigError, InputError, SplitFailedError
 from splitquant_plugins.manifest import FILE_NAME
+from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.plugins import Plugins
-from splitquant_plugins.split_pass import SplitQuantPass
 
 
 @pytest.fixture(scope="module")

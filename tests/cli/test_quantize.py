@@ -62,8 +62,8 @@ def test_the_tokenizer_of_a_hub_model_is_copied_too(
 ) -> None:
     import huggingface_hub
 
-    import splitquant_plugins.quantize as module
-    from splitquant_plugins.transformers_models import load_model
+    import splitquant_plugins.streaming.quantize_model as module
+    from splitquant_plugins.checkpoints.transformers_models import load_model
 
     folder = classifier()
     asked = []

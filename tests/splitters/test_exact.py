@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from splitquant_plugins.check import check_parts
+from splitquant_plugins.passes.checks import check_parts
 from splitquant_plugins.splitters._exact import complete, sum_parts
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitquant_plugins.check import check_parts
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.grid import Grid, GridGranularity, Scheme, UniformGrid
+from splitquant_plugins.passes.checks import check_parts
 from splitquant_plugins.plan import TensorPlan
 from splitquant_plugins.splitters import _codebook
 from splitquant_plugins.splitters._bound import additive_bound, free_bound

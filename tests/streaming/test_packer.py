@@ -11,7 +11,7 @@ quanto = pytest.importorskip("optimum.quanto")
 from splitquant_quanto import streaming  # noqa: E402
 from splitquant_quanto.optimizer import make_zero_exact  # noqa: E402
 
-from splitquant_plugins.streaming.headers import TensorSpec  # noqa: E402
+from splitquant_plugins.checkpoints.headers import TensorSpec  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from splitquant_plugins.backends import WeightRequest
+from splitquant_plugins.checkpoints.headers import read_header
 from splitquant_plugins.errors import AlreadyQuantizedError, ConfigError, InputError, SplitFailedError
 from splitquant_plugins.manifest import Manifest
-from splitquant_plugins.quantize import quantize_model
 from splitquant_plugins.streaming import run, workplace, writer
-from splitquant_plugins.streaming.headers import read_header
+from splitquant_plugins.streaming.quantize_model import quantize_model
 
 BESIDE = ("config.json", "quanto_qmap.json", "splitquant_storage.json")
 IDS = torch.arange(3, 15).reshape(1, 12)
@@ -93,7 +93,7 @@ def test_a_quantized_head_stays_quantized_where_embeddings_are_tied(checkpoints,
 
 
 def test_the_index_is_true_and_shards_are_small(checkpoints, stream, tmp_path):
-    from splitquant_plugins.streaming.source import Source
+    from splitquant_plugins.checkpoints.source import Source
 
     made = stream(checkpoints.save(checkpoints.llama()), shard_bytes=50_000)
     source = Source(tmp_path / "streamed")

@@ -21,7 +21,7 @@ from torch import nn
 
 from splitquant_plugins import manifest_of
 from splitquant_plugins.errors import AlreadyQuantizedError, AlreadySplitError, ConfigError, InputError
-from splitquant_plugins.split_pass import PassSequence
+from splitquant_plugins.passes.base import PassSequence
 
 aten = torch.ops.aten
 

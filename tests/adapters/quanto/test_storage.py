@@ -279,7 +279,7 @@ def test_a_save_that_breaks_off_leaves_nothing_that_loads(split, models, tmp_pat
         raise OSError("disk full")
 
     target = {
-        "save_file": "splitquant_plugins.checkpoint.save_file",
+        "save_file": "splitquant_plugins.checkpoints.tensors.save_file",
         "write_json": "splitquant_quanto.storage.write_json",
         "manifest": "splitquant_plugins.manifest.write_text",
     }[broken]

@@ -1,0 +1,139 @@
+"""Loading transformers models and tokenizers from a folder or the Hub, with errors a user can act on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from torch import nn
+
+from splitquant_plugins.checkpoints.source import SINGLE_FILE, Source, is_sharded
+from splitquant_plugins.errors import InputError, MissingExtraError, first_line
+
+
+def require_transformers() -> Any:
+    """Return the transformers package, or raise MissingExtraError."""
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError(
+            'this needs transformers, which is not installed: pip install "splitquant-plugins[eval]"'
+        ) from None
+    return transformers
+
+
+def model_class(config: Any, where: str | Path) -> Any:
+    """Return the transformers class that a configuration names; anything else is an InputError."""
+    transformers = require_transformers()
+    names = getattr(config, "architectures", None) or []
+    found = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise InputError(f"{where}: config.json names no transformers architecture (architectures={names})")
+    return found
+
+
+def empty_model(config: Any, where: str | Path) -> nn.Module:
+    """Make a model of that configuration, with weights to be loaded into."""
+    try:
+        made: nn.Module = model_class(config, where)._from_config(config)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where}: config.json describes no model: {first_line(error)}") from None
+    return made
+
+
+def forget_tied_embeddings(model: nn.Module) -> None:
+    """Tell a transformers model that its head, now split, no longer shares the embedding's weight."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if isinstance(tied, dict):
+        there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        for target in set(tied) - there:
+            del tied[target]
+
+
+def load_classifier(model: str) -> tuple[nn.Module, Any]:
+    """Load a sequence classifier and its tokenizer from a folder or a Hub id, in evaluation mode.
+
+    Raises InputError, naming what is missing, where either cannot be loaded.
+    """
+    transformers = require_transformers()
+    _refuse_missing_folder(model)
+    loaded = _loaded_whole(transformers.AutoModelForSequenceClassification, model)
+    return loaded, load_tokenizer(model)
+
+
+def load_model(model: str) -> nn.Module:
+    """Load a model from a folder or a Hub id as the architecture that its configuration names.
+
+    The model is in evaluation mode. Raises InputError, naming what is missing.
+    """
+    return _loaded_whole(model_class(load_config(model), model), model)
+
+
+def load_config(model: str | Path) -> Any:
+    """Load a configuration from a folder or a Hub id; a missing or damaged one is an InputError."""
+    transformers = require_transformers()
+    _refuse_missing_folder(str(model))
+    try:
+        return transformers.AutoConfig.from_pretrained(model)
+    except Exception as error:  # whatever transformers makes of a file that is not what it should be
+        raise InputError(f"cannot load the configuration of {model}: {first_line(error)}") from None
+
+
+def _loaded_whole(kind: Any, model: str) -> nn.Module:
+    """Load a model in evaluation mode; one whose checkpoint lacks weights, which would be random, is refused."""
+    folder = Path(model)
+    if is_sharded(folder) and not (folder / SINGLE_FILE).is_file():
+        Source(folder, check_total=False)  # transformers takes an index that is wrong in silence
+    try:
+        # Mismatches are refused below, with their names.
+        loaded, report = kind.from_pretrained(model, output_loading_info=True, ignore_mismatched_sizes=True)
+    except Exception as error:  # whatever transformers makes of a file that is not what it should be
+        _refuse_broken_files(folder)
+        if isinstance(error, UnpicklingError):
+            raise InputError(f"{model}: its pickled weights are damaged or no tensors; give safetensors") from None
+        raise InputError(f"cannot load model {model}: {first_line(error)}") from None
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        raise InputError(f"{model}: {name} is {list(stored)}, and {list(wanted)} in {type(loaded).__name__}")
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise InputError(f"{model} lacks {len(missing)} weights of a {type(loaded).__name__}, {missing[0]} among them")
+    whole: nn.Module = loaded.eval()
+    return whole
+
+
+def max_length_of_config(model: str, limit: int = 512) -> int:
+    """Longest input in tokens that a model takes, at most `limit`; read from its configuration."""
+    return min(int(getattr(load_config(model), "max_position_embeddings", None) or limit), limit)
+
+
+def load_tokenizer(model: str) -> Any:
+    """Load the tokenizer of a model; one that knows fewer words than the model embeds is refused."""
+    transformers = require_transformers()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # whatever transformers makes of a file that is not what it should be
+        raise InputError(f"cannot load the tokenizer of {model}: {first_line(error)}") from None
+    if len(tokenizer) < 100:  # a vocabulary that was not found leaves only the special tokens
+        raise InputError(f"the tokenizer of {model} knows only {len(tokenizer)} tokens; is vocab.txt there?")
+    return tokenizer
+
+
+def _refuse_broken_files(folder: Path) -> None:
+    """Raise, naming the file, where a safetensors checkpoint is damaged."""
+    if is_sharded(folder) or (folder / SINGLE_FILE).is_file():
+        Source(folder, check_total=False)
+
+
+def _refuse_missing_folder(model: str) -> None:
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{model} holds no config.json: give a folder with a transformers model, or a Hub id")
+    elif path.is_absolute() or model.startswith(".") or model.count("/") > 1:
+        raise InputError(f"no such model: {model} is neither a folder nor a Hub id")

@@ -1,0 +1,1 @@
+"""What a split gains: metrics, comparisons, inspections of layers, tables and pictures."""

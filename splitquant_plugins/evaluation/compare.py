@@ -1,0 +1,202 @@
+"""One model, one dataset, many ways to quantize it: a row for each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from torch import Tensor, nn
+
+from splitquant_plugins.backends import ROUND_TO_NEAREST, Backend, WeightFormat, WeightRequest
+from splitquant_plugins.checkpoints.transformers_models import load_classifier, load_tokenizer, max_length_of_config
+from splitquant_plugins.decoupleq.decoupleq_pass import DecoupleQPass
+from splitquant_plugins.errors import ConfigError
+from splitquant_plugins.evaluation.metrics import accuracy, logits_of, max_length_of, measure, run_of, tokenize
+from splitquant_plugins.evaluation.peak_memory import PeakMemory
+from splitquant_plugins.evaluation.texts import LabelledTexts, load_texts, load_unlabelled
+from splitquant_plugins.passes.base import ModelPass
+from splitquant_plugins.passes.splitquant import SplitQuantPass
+from splitquant_plugins.plugins import Plugins
+
+UNSPLIT = "none"
+DECOUPLEQ = "decoupleq"
+CALIBRATION_TEXTS = 256
+_NEED_CALIBRATION = "need calibration data: give --calibration FILE, a csv with a column text"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to quantize: a backend, a weight format, how to split, if at all, and how to choose the values.
+
+    `solver`: the pass that chooses the values, where the backend's own method does not. `calibration`: batches for
+    that method.
+    """
+
+    backend: Backend
+    format: WeightFormat
+    split: str
+    seed: int
+    splitter: SplitQuantPass | None
+    solver: DecoupleQPass | None = None
+    calibration: Sequence[dict[str, Tensor]] | None = field(default=None, repr=False)
+
+    @property
+    def values(self) -> str:
+        """How the values are chosen."""
+        return self.format.method if self.solver is None else DECOUPLEQ
+
+    @property
+    def first(self) -> ModelPass | None:
+        """The pass in front of the backend, if any."""
+        if self.splitter is None or self.solver is None:
+            return self.splitter or self.solver
+        return self.splitter + self.solver
+
+    @property
+    def title(self) -> str:
+        """What a progress bar shows."""
+        return f"{self.backend.name} {self.format.weights} {self.split} {self.values}"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A float classifier with tokenized data and its own logits."""
+
+    name: str
+    model: nn.Module
+    data: LabelledTexts
+    batches: list[dict[str, Tensor]]
+    logits: Tensor
+
+
+def plan_runs(
+    plugins: Plugins,
+    backends: Sequence[str],
+    requests: Sequence[WeightRequest],
+    splits: Sequence[str],
+    seeds: Sequence[int] = (0,),
+    options: dict[str, Any] | None = None,
+    values: Sequence[str] = (ROUND_TO_NEAREST,),
+    calibration: Sequence[dict[str, Tensor]] | None = None,
+) -> list[Run]:
+    """Check every choice before anything is loaded, and return the runs in the order of the table.
+
+    `options` are those of SplitQuantPass. `values` are methods of the backends, or decoupleq; those that need
+    `calibration` batches are an error without. An unsplit run does not depend on the seed and is made once.
+    """
+    options = options or {}
+    chosen = [plugins.backend(name) for name in backends]
+    for backend in chosen:
+        backend.require()
+    if DECOUPLEQ in values and calibration is None:
+        raise ConfigError(f"values {DECOUPLEQ!r} {_NEED_CALIBRATION}")
+    solver = DecoupleQPass(calibration=calibration, plugins=plugins) if DECOUPLEQ in values else None
+    formats = []
+    for backend, request, method in product(chosen, requests, values):
+        own = ROUND_TO_NEAREST if method == DECOUPLEQ else method
+        if own in backend.calibrated and calibration is None:
+            raise ConfigError(f"values {own!r} of backend {backend.name} {_NEED_CALIBRATION}")
+        form = backend.resolve(replace(request, method=own))
+        batches = calibration if own in backend.calibrated else None
+        formats.append((backend, form, solver if method == DECOUPLEQ else None, batches))
+    using = {split for split in splits if split != UNSPLIT and plugins.splitter(split).uses_calibration}
+    if calibration is not None and not using and solver is None and all(batches is None for *_, batches in formats):
+        raise ConfigError("calibration: no splitter and no values chosen here make use of it; leave it out")
+    passes: list[tuple[str, int, SplitQuantPass | None]] = []
+    for split, seed in product(splits, seeds):
+        if split != UNSPLIT:
+            own_options = dict(options)
+            if calibration is not None and split in using:
+                own_options["calibration"] = calibration
+            passes.append((split, seed, SplitQuantPass(splitter=split, seed=seed, plugins=plugins, **own_options)))
+        elif seed == seeds[0]:
+            passes.append((split, seed, None))
+    return [
+        Run(backend, form, *one, chooser, batches)
+        for (backend, form, chooser, batches), one in product(formats, passes)
+    ]
+
+
+def calibration_batches(model: str, source: str, limit: int = CALIBRATION_TEXTS) -> list[dict[str, Tensor]]:
+    """Tokenize the first texts of a csv for calibration; its labels, if any, are not read."""
+    texts = load_unlabelled(source, limit)
+    return tokenize(load_tokenizer(model), texts, max_length_of_config(model), batch_size=32)
+
+
+def equal_storage_runs(plugins: Plugins, runs: Sequence[Run]) -> list[Run]:
+    """Return, for the split runs, plain ones of as many bits: k parts of b bits against one of k·b, at most 8.
+
+    Against a budget stand its whole bits, at least 2. They are simulated on the same kind of grid, since backends have
+    no 6-bit weights.
+    """
+    backend = plugins.backend("simulated")
+    found: dict[WeightFormat, Run] = {}
+    for run in runs:
+        if run.splitter is not None:
+            config = run.splitter.config
+            stored = config.k * run.format.bits if config.budget is None else int(config.budget)
+            bits = min(8, max(2, stored))
+            form = replace(run.format, weights=f"int{bits}", bits=bits, method=ROUND_TO_NEAREST)
+            found.setdefault(form, Run(backend, form, UNSPLIT, run.seed, None))
+    return list(found.values())
+
+
+def load_subject(model: str, data: str, limit: int | None = None) -> Subject:
+    """Load a classifier and data for it, and run the one over the other."""
+    loaded, tokenizer = load_classifier(model)
+    config: Any = loaded.config
+    labels = {str(name): int(number) for number, name in config.id2label.items()}
+    texts = load_texts(data, labels, limit)
+    batches = tokenize(tokenizer, texts.texts, max_length_of(loaded))
+    return Subject(model, loaded, texts, batches, logits_of(run_of(loaded), batches))
+
+
+def compare(
+    subject: Subject, runs: Sequence[Run], started: Callable[[Run], object] = lambda run: None
+) -> Iterator[dict[str, Any]]:
+    """Yield one row for each run; `started` is called before it."""
+    for run in runs:
+        started(run)
+        yield row_of(subject, run)
+
+
+def row_of(subject: Subject, run: Run) -> dict[str, Any]:
+    """Quantize a copy of the subject and measure it."""
+    model = copy.deepcopy(subject.model)
+    with PeakMemory() as memory:
+        quantized = run.backend.quantize(model, run.format, run.first, run.calibration or subject.batches)
+    logits = logits_of(quantized.run, subject.batches)
+    measures = measure(quantized, subject.model, subject.logits, logits, subject.data.labels)
+    return {
+        "model": subject.name,
+        "data": subject.data.name,
+        "n": len(subject.data.labels),
+        "backend": run.backend.name,
+        "weights": run.format.weights,
+        "granularity": run.format.granularity,
+        "group_size": run.format.group_size,
+        "scheme": run.format.scheme,
+        "split": run.split,
+        "values": run.values,
+        "k": _parts(run.splitter),
+        "budget": run.splitter.config.budget if run.splitter else None,
+        "fp32_accuracy": accuracy(subject.logits, subject.data.labels),
+        **asdict(measures),
+        "split_seconds": quantized.split_seconds,
+        "quantize_seconds": quantized.quantize_seconds,
+        "seconds": quantized.seconds,
+        "peak_mb": memory.megabytes,
+        "layers_split": len(quantized.manifest.split) if quantized.manifest else 0,
+        "layers_solved": len(quantized.manifest.solved) if quantized.manifest else 0,
+        "seed": run.seed,
+    }
+
+
+def _parts(splitter: SplitQuantPass | None) -> int | None:
+    """Parts per layer; None where a budget chooses them."""
+    if splitter is None:
+        return 1
+    return splitter.config.k if splitter.config.budget is None else None

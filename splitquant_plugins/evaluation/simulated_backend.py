@@ -1,0 +1,94 @@
+"""A backend that rounds weights to any linear grid in place: for targets that are not at hand, and for tables.
+
+Weights of 2 to 8 bits, affine or symmetric, per tensor, channel or group, as `UniformGrid` has them. The rounded
+values stay floats: it shows what a grid does to a model, and runs nowhere faster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from splitquant_plugins.backends import Backend, Batch, QuantizedModel, StoredWeight, Support, WeightFormat
+from splitquant_plugins.checkpoints.tensors import state_bytes
+from splitquant_plugins.errors import ConfigError
+from splitquant_plugins.evaluation.metrics import linear_weights, run_of
+from splitquant_plugins.grid import Grid, UniformGrid
+from splitquant_plugins.manifest import manifest_of
+from splitquant_plugins.modules import part_owners
+from splitquant_plugins.passes.base import ModelPass
+
+EVERYTHING = Support(("channel", "tensor", "group"), ("affine", "symmetric"))
+
+
+class SimulatedBackend(Backend):
+    """Linear grids by fake quantization."""
+
+    name = "simulated"
+    extra = "eval"
+    packages = ("torch",)
+    support: ClassVar = {f"int{bits}": EVERYTHING for bits in range(2, 9)}
+    default_group_size = 128
+
+    def grid(self, chosen: WeightFormat) -> Grid:
+        """Return the uniform grid of that format."""
+        return UniformGrid(chosen.bits, chosen.scheme, chosen.granularity, chosen.group_size)
+
+    @torch.no_grad()
+    def quantize(
+        self,
+        model: nn.Module,
+        chosen: WeightFormat,
+        first: ModelPass | None = None,
+        batches: Iterable[Batch] = (),
+    ) -> QuantizedModel:
+        """Round every Linear and convolution weight, or part of one, in place."""
+        started = time.perf_counter()
+        grid = self.grid(chosen)
+        if first is not None:
+            model = first.apply(model, grid=grid)
+        layers: dict[str, list[StoredWeight]] = {}
+        owners = part_owners(model)
+        rounded: dict[int, Tensor] = {}
+        for name in linear_weights(model):
+            module = model.get_submodule(name)
+            weight = cast(Tensor, module.weight)
+            if id(weight) not in rounded:
+                rounded[id(weight)] = _round(module, weight, grid)
+                weight.copy_(rounded[id(weight)])
+            bits = grid.stored_bits(weight.shape)
+            layers.setdefault(owners.get(name, name), []).append(StoredWeight(weight.detach(), bits))
+        seconds = time.perf_counter() - started
+        return QuantizedModel(
+            model=model,
+            run=run_of(model),
+            layers=layers,
+            state_bytes=state_bytes(model.state_dict()) - _saved_bytes(layers),
+            seconds=seconds,
+            manifest=manifest_of(model) if first is not None else None,
+        )
+
+    def save(self, quantized: QuantizedModel, folder: Path) -> None:
+        """Refuse: there is nothing but floats to save."""
+        raise ConfigError("backend simulated stores no integers; choose a real backend to save a quantized model")
+
+    def load(self, folder: Path) -> nn.Module:
+        """Refuse: nothing is saved."""
+        raise ConfigError("backend simulated saves nothing that could be loaded")
+
+
+def _round(module: nn.Module, weight: Tensor, grid: Grid) -> Tensor:
+    if type(module).__name__ == "Conv1D":  # transformers keeps [in, out]
+        return grid.quantize_dequantize(weight.t()).t()
+    return grid.quantize_dequantize(weight)
+
+
+def _saved_bytes(layers: dict[str, list[StoredWeight]]) -> int:
+    """Bytes that packed integers would save over the floats that stand for them."""
+    stored = [part for parts in layers.values() for part in parts]
+    return sum(part.weight.numel() * part.weight.element_size() - part.bits // 8 for part in stored)

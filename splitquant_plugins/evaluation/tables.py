@@ -1,0 +1,86 @@
+"""Tables for people and JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from splitquant_plugins.checkpoints.files import write_json
+
+Column = tuple[str, str, Callable[[Any], str]]
+
+
+def percent(value: float) -> str:
+    """A fraction as a percentage with two decimals."""
+    return f"{100 * value:.2f} %"
+
+
+def decibel(value: float) -> str:
+    """Decibels with one decimal."""
+    return f"{value:.1f}"
+
+
+def kilobytes(value: int) -> str:
+    """Bytes as kilobytes of 1000."""
+    return f"{value / 1000:,.0f}"
+
+
+def two_decimals(value: float) -> str:
+    """A number with two decimals."""
+    return f"{value:.2f}"
+
+
+def whole(value: float | None) -> str:
+    """A number without decimals; nothing for None."""
+    return "" if value is None else f"{value:.0f}"
+
+
+def text(value: object) -> str:
+    """A value as it prints; nothing for None."""
+    return "" if value is None else str(value)
+
+
+COMPARE_COLUMNS: tuple[Column, ...] = (
+    ("backend", "backend", text),
+    ("weights", "weights", text),
+    ("granularity", "grid", text),
+    ("scheme", "scheme", text),
+    ("split", "split", text),
+    ("k", "k", text),
+    ("values", "values", text),
+    ("accuracy", "accuracy", percent),
+    ("agreement", "agreement", percent),
+    ("logit_sqnr_db", "logit dB", decibel),
+    ("weight_sqnr_db", "weight dB", decibel),
+    ("linear_bits_per_weight", "bits/weight", two_decimals),
+    ("linear_bytes", "Linear kB", kilobytes),
+    ("model_bytes", "model kB", kilobytes),
+    ("split_seconds", "split s", two_decimals),
+    ("quantize_seconds", "quantize s", two_decimals),
+    ("peak_mb", "peak MB", whole),
+)
+
+
+def print_table(
+    title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], console: Console | None = None
+) -> None:
+    """Print rows as a table with the columns chosen."""
+    table = Table(title=title, title_justify="left")
+    for _, heading, show in columns:
+        table.add_column(heading, justify="left" if show is text else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(show(row[key]) for key, _, show in columns))
+    console = console or Console()
+    if not console.is_terminal:  # a pipe or a file has no width to fit into
+        console = Console(width=200, file=console.file)
+    console.print(table)
+
+
+def write_rows(path: str | Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as JSON where a path is given."""
+    if path is not None:
+        write_json(Path(path), list(rows))

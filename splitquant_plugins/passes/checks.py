@@ -1,0 +1,122 @@
+"""What is checked before a model is touched, and of every tensor that was split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from splitquant_plugins.errors import (
+    AlreadyQuantizedError,
+    AlreadySplitError,
+    InputError,
+    SplitFailedError,
+)
+from splitquant_plugins.manifest import ATTRIBUTE
+from splitquant_plugins.modules import SplitActivation, SplitModule, is_tensor_subclass, sum_parts
+from splitquant_plugins.parallel import chunks, in_threads, spans
+
+if TYPE_CHECKING:
+    from splitquant_plugins.passes.select import Layer
+
+QUANTIZED_PACKAGES = (
+    "optimum.quanto",
+    "neural_compressor.",
+    "torchao.",
+    "bitsandbytes.",
+    "torch.ao.nn.quantized",
+    "torch.ao.nn.intrinsic.quantized",
+)
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def refuse_unfit_model(model: object) -> None:
+    """Raise unless this is a float model that was never split."""
+    if isinstance(model, torch.export.ExportedProgram) or (
+        isinstance(model, torch.fx.GraphModule) and not _has_layers(model)
+    ):
+        raise InputError(
+            "an exported graph has no layer modules to split; attach the pass to the PT2E quantizer instead: "
+            "SplitQuantPass() + quantizer"
+        )
+    if not isinstance(model, nn.Module):
+        raise InputError(f"SplitQuantPass takes a torch.nn.Module, not a {type(model).__name__}")
+    if getattr(model, ATTRIBUTE, None) is not None:
+        raise AlreadySplitError("the model was split before; load it afresh to split it with other options")
+    for name, module in model.named_modules():
+        if isinstance(module, (SplitModule, SplitActivation)):
+            raise AlreadySplitError(f"{name or 'the model'} was split before; load the model afresh")
+    refuse_quantized_model(model)
+
+
+def refuse_quantized_model(model: nn.Module) -> None:
+    """Raise where a backend has quantized any layer of the model."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(QUANTIZED_PACKAGES):
+            raise AlreadyQuantizedError(
+                f"{name or 'the model'} is a quantized {type(module).__qualname__}; split first, then quantize"
+            )
+        for key, parameter in module.named_parameters(recurse=False):
+            if is_tensor_subclass(parameter):
+                raise AlreadyQuantizedError(
+                    f"{name}.{key} is a {type(parameter.data).__name__}; split first, then quantize"
+                )
+
+
+def refuse_unfit_weights(layers: Sequence[Layer]) -> None:
+    """Raise, naming the layer, where a weight or bias is not a finite float tensor that is in memory."""
+    for layer in layers:
+        for role, tensor in (("weight", layer.plan.weight), ("bias", layer.plan.bias)):
+            if tensor is None:
+                continue
+            where = f"{layer.name}.{role}"
+            if tensor.dtype not in DTYPES:
+                allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+                raise InputError(f"{where} is {tensor.dtype}; a split takes {allowed}")
+            if tensor.is_meta:
+                raise InputError(f"{where} is on the meta device; load the model's weights first")
+            # NaN and infinity reach the sum, which takes one pass and no memory; a finite overflow needs the second.
+            if not bool(torch.isfinite(tensor.sum())) and (count := int((~torch.isfinite(tensor)).sum())):
+                raise SplitFailedError(f"{where} has {count} NaN or infinite values; repair the checkpoint")
+
+
+def check_parts(where: str, tensor: Tensor, parts: Sequence[Tensor], k: int) -> None:
+    """Raise SplitFailedError unless 1 to k parts of the tensor's shape, dtype and device sum to it.
+
+    The sum is exact where the parts have disjoint support. Elsewhere each value may be off by the rounding of
+    k - 1 additions, k - 1 units in the last place of the largest part at that place.
+    """
+    if not 1 <= len(parts) <= k:
+        raise SplitFailedError(f"{where}: the splitter made {len(parts)} parts of k = {k}")
+    for part in parts:
+        if (part.shape, part.dtype, part.device) != (tensor.shape, tensor.dtype, tensor.device):
+            raise SplitFailedError(
+                f"{where}: a part is {tuple(part.shape)} {part.dtype} on {part.device}, "
+                f"not {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )
+    if _sums_exactly(tensor, parts):
+        return
+    total = sum_parts(parts)
+    largest = torch.stack([part.abs() for part in parts]).amax(dim=0)
+    allowed = largest * (torch.finfo(tensor.dtype).eps * max(len(parts) - 1, 0))
+    error = (total - tensor).abs()
+    if not bool((error <= allowed).all()):
+        raise SplitFailedError(f"{where}: the parts miss the tensor by up to {float(error.max()):.3g}")
+
+
+def _sums_exactly(tensor: Tensor, parts: Sequence[Tensor]) -> bool:
+    if tensor.device.type != "cpu" or not all(each.is_contiguous() for each in (tensor, *parts)):
+        return torch.equal(sum_parts(parts), tensor)
+    flat = tensor.reshape(-1)
+    pieces = [part.reshape(-1) for part in parts]
+
+    def equal(span: slice) -> bool:
+        return all(torch.equal(sum_parts([piece[chunk] for piece in pieces]), flat[chunk]) for chunk in chunks(span))
+
+    return all(in_threads(equal, spans(flat.numel())))
+
+
+def _has_layers(model: nn.Module) -> bool:
+    return any(isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) for module in model.modules())

@@ -1,0 +1,115 @@
+"""Folding BatchNorm into the convolution before it: W' = W γ/√(σ²+ε), b' = (b − μ) γ/√(σ²+ε) + β."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from splitquant_plugins.passes.module_tree import occurrences, replace_module
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+
+
+def fold_batchnorms(model: nn.Module) -> list[str]:
+    """Fold each BatchNorm in evaluation mode whose only input is a convolution; return notes.
+
+    Which layer follows which is read off a symbolic trace; where the model as a whole cannot be traced, its
+    children are. A BatchNorm that cannot be folded stays, which keeps the model's outputs too.
+    """
+    places = {id(module): names for module, names in occurrences(model)}
+    batchnorms = {
+        id(module): (module, names[0]) for module, names in occurrences(model) if isinstance(module, BATCHNORMS)
+    }
+    if not batchnorms:
+        return []
+    notes = []
+    for conv, norm in _conv_batchnorm_pairs(model):
+        shared = len(places.get(id(conv), ())) != 1 or len(places.get(id(norm), ())) != 1
+        if id(norm) not in batchnorms or shared or not _foldable(conv, norm):
+            continue
+        name = batchnorms.pop(id(norm))[1]
+        _fold(conv, norm)
+        replace_module(model, name, nn.Identity())
+        notes.append(f"BatchNorm {name} is folded into {places[id(conv)][0]}")
+    notes += [f"BatchNorm {name} is not folded: {_why_not(norm)}" for norm, name in batchnorms.values()]
+    return notes
+
+
+def _conv_batchnorm_pairs(module: nn.Module) -> list[tuple[Convolution, BatchNorm]]:
+    """Pairs of modules that run directly after one another wherever either of them runs."""
+    if not any(isinstance(child, BATCHNORMS) for child in module.modules()):
+        return []
+    try:
+        graphs = _traces(module)
+    except Exception:  # tracing runs the model's own code on proxies, which may fail in any way
+        return [pair for child in module.children() for pair in _conv_batchnorm_pairs(child)]
+    first, *others = [_pairs(module, graph) for graph in graphs]
+    return [pair for pair in first if all(pair in other for other in others)]
+
+
+def _traces(module: nn.Module) -> list[fx.Graph]:
+    """Trace a module with its optional arguments given, and with their defaults: `if mask is None` may branch."""
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    graphs = [_Tracer().trace(module)]
+    return [*graphs, _Tracer().trace(module, concrete_args=defaults)] if defaults else graphs
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # so that a statistic read by hand is seen
+
+
+def _pairs(module: nn.Module, graph: fx.Graph) -> list[tuple[Convolution, BatchNorm]]:
+    calls: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            calls[str(node.target)] = calls.get(str(node.target), 0) + 1
+        if node.op == "get_attr":  # a tensor read by hand, perhaps a weight that folding would change
+            calls[str(node.target).rpartition(".")[0]] = 2
+    pairs = []
+    for node in graph.nodes:
+        before = node.args[0] if node.op == "call_module" and node.args else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
+            continue
+        if calls[str(node.target)] == 1 and calls[str(before.target)] == 1:
+            conv, norm = module.get_submodule(str(before.target)), module.get_submodule(str(node.target))
+            if isinstance(conv, CONVOLUTIONS) and isinstance(norm, BATCHNORMS):
+                pairs.append((conv, norm))
+    return pairs
+
+
+def _foldable(conv: Convolution, norm: BatchNorm) -> bool:
+    plain = type(conv) in CONVOLUTIONS and type(norm) in BATCHNORMS and "weight" in conv._parameters
+    hooks = any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in (conv, norm))
+    return plain and not hooks and not norm.training and norm.running_mean is not None
+
+
+def _why_not(norm: BatchNorm) -> str:
+    if norm.training:
+        return "it is in training mode; call model.eval() first"
+    if norm.running_mean is None:
+        return "it keeps no running statistics"
+    return "it does not directly follow a convolution of its own"
+
+
+@torch.no_grad()
+def _fold(conv: Convolution, norm: BatchNorm) -> None:
+    if conv.weight.is_meta:  # the skeleton of a saved model: only its parameters are needed, not their values
+        if conv.bias is None:
+            conv.bias = nn.Parameter(torch.empty(conv.out_channels, dtype=conv.weight.dtype, device="meta"))
+        return
+    assert norm.running_mean is not None  # `_foldable` asks for statistics
+    assert norm.running_var is not None
+    weight, bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    conv.weight, conv.bias = weight, bias

@@ -1,0 +1,95 @@
+"""Splitting activation layers: which are elementwise, along which dimension, and the surgery."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from splitquant_plugins.modules import SplitActivation
+from splitquant_plugins.passes.module_tree import occurrences, replace_module
+
+if TYPE_CHECKING:
+    from splitquant_plugins.config import SplitConfig
+
+ELEMENTWISE = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.SELU,
+    nn.CELU,
+    nn.GELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Hardtanh,
+    nn.Softplus,
+    nn.Softsign,
+    nn.Tanhshrink,
+    nn.Hardshrink,
+    nn.Softshrink,
+    nn.LogSigmoid,
+)
+REFUSED = {
+    nn.Softmax: "it is not elementwise",
+    nn.Softmax2d: "it is not elementwise",
+    nn.LogSoftmax: "it is not elementwise",
+    nn.Softmin: "it is not elementwise",
+    nn.GLU: "it is not elementwise",
+    nn.PReLU: "it has a parameter per channel",
+    nn.RReLU: "it is random in training",
+}
+
+
+def split_activations(model: nn.Module, config: SplitConfig) -> list[str]:
+    """Replace every elementwise activation module by a SplitActivation; return notes for the manifest.
+
+    The feature dimension is `config.activation_dim`, or else what the Linear or convolution that was
+    registered last before the activation puts its features in: last, or the channel dimension.
+    """
+    notes, dim = [], -1
+    for module, names in occurrences(model):
+        name = names[0]
+        dim = feature_dim(module, dim)
+        reason = refusal(module)
+        if reason:
+            notes.append(f"activation {name} ({type(module).__name__}) is left whole: {reason}")
+        elif is_elementwise(module) and _chosen(name, config):
+            chosen = dim if config.activation_dim is None else config.activation_dim
+            split = SplitActivation(module, config.k, chosen).train(module.training)
+            for place in names:
+                replace_module(model, place, split)
+            notes.append(f"activation {name} ({type(module).__name__}) is split in {config.k} along {chosen}")
+    return notes
+
+
+def feature_dim(module: nn.Module, previous: int) -> int:
+    """Dimension, counted from the end, that holds a layer's output features."""
+    if isinstance(module, nn.Linear):
+        return -1
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return -1 - len(module.kernel_size)
+    return previous
+
+
+def is_elementwise(module: nn.Module) -> bool:
+    """Whether a module applies one function to each value: torch's activations and transformers' classes."""
+    if type(module) in ELEMENTWISE:
+        return True
+    is_hugging_face = type(module).__module__ == "transformers.activations"
+    return is_hugging_face and not any(True for _ in module.parameters())
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why an activation cannot be cut into chunks."""
+    return next((reason for kind, reason in REFUSED.items() if isinstance(module, kind)), None)
+
+
+def _chosen(name: str, config: SplitConfig) -> bool:
+    included = not config.include or any(fnmatchcase(name, pattern) for pattern in config.include)
+    return included and not any(fnmatchcase(name, pattern) for pattern in config.exclude)

@@ -1,0 +1,171 @@
+"""From a float model on disk to a split, quantized one on disk; the folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from splitquant_plugins.backends import Backend, Batch, WeightFormat, WeightRequest
+from splitquant_plugins.checkpoints.source import is_sharded
+from splitquant_plugins.checkpoints.transformers_models import load_model
+from splitquant_plugins.errors import ConfigError, InputError, first_line
+from splitquant_plugins.passes.splitquant import SplitQuantPass
+from splitquant_plugins.plugins import Plugins
+from splitquant_plugins.streaming.run import stream_model
+
+TOKENIZER_FILES = (
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+def quantize_model(
+    plugins: Plugins,
+    model: str,
+    backend: str,
+    request: WeightRequest,
+    splitter: str,
+    output: Path,
+    options: dict[str, Any],
+    stream: bool | None = None,
+) -> dict[str, Any]:
+    """Split and quantize a transformers model and save it into `output`, which must not exist yet.
+
+    With `stream`, a folder's safetensors are worked on layer by layer, and the model is never in memory; None
+    streams a sharded checkpoint where backend and options can. Returns a row of figures. Everything that the
+    arguments can be wrong in is checked before work begins.
+    """
+    chosen = plugins.backend(backend)
+    chosen.require()
+    form = chosen.resolve(request)
+    first = None if splitter == "none" else SplitQuantPass(splitter=splitter, plugins=plugins, **options)
+    if first is None:
+        raise ConfigError("split 'none': a plain model is saved by the backend's own tools; choose a splitter")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} exists and is not an empty folder; choose another --output")
+    if stream is None:
+        needs_model = first.calibration is not None or first.config.budget is not None or first.config.activations
+        stream = is_sharded(model) and chosen.packer(form) is not None and not needs_model
+    figures = _stream if stream else _in_memory
+    return {
+        "model": model,
+        "output": str(output),
+        "backend": backend,
+        "weights": form.weights,
+        "granularity": form.granularity,
+        "group_size": form.group_size,
+        "scheme": form.scheme,
+        "split": splitter,
+        "k": first.config.k,
+        "seed": first.config.seed,
+        "streamed": stream,
+        **figures(chosen, model, form, first, output),
+        "tokenizer_files": [name for name in TOKENIZER_FILES if (output / name).is_file()],
+    }
+
+
+def _in_memory(chosen: Backend, model: str, form: WeightFormat, first: SplitQuantPass, output: Path) -> dict[str, Any]:
+    loaded = load_model(model)
+    with _appearing(output) as temporary:
+        quantized = chosen.quantize(loaded, form, first, [example_batch(loaded)])
+        source = _folder_of(model)
+        with _writing(output):
+            chosen.save(quantized, temporary)
+            _copy_tokenizer(source, temporary)
+    stored = [part for parts in quantized.layers.values() for part in parts]
+    weights = sum(parts[0].weight.numel() for parts in quantized.layers.values())
+    return {
+        "layers_split": len(quantized.manifest.split) if quantized.manifest else 0,
+        "layers_quantized": quantized.layers_quantized,
+        "bits_per_weight": sum(part.bits for part in stored) / weights,
+        "model_bytes": quantized.state_bytes,
+        "split_seconds": quantized.split_seconds,
+        "quantize_seconds": quantized.quantize_seconds,
+    }
+
+
+def _stream(chosen: Backend, model: str, form: WeightFormat, first: SplitQuantPass, output: Path) -> dict[str, Any]:
+    packer = chosen.packer(form)
+    if packer is None:
+        raise ConfigError(
+            f"backend {chosen.name} cannot stream {form.weights} ({form.method}); leave out --stream, or use quanto"
+        )
+    folder = Path(model)
+    if not folder.is_dir():
+        raise InputError(f"{model} is not a folder, and only local checkpoints are streamed; download it first")
+    made = stream_model(folder, output, first, packer, form, extras=partial(_copy_tokenizer, folder))
+    return {
+        "layers_split": len(made.manifest.split),
+        "layers_quantized": made.packed,
+        "bits_per_weight": made.bits / made.weights,
+        "model_bytes": made.bytes,
+        "split_seconds": made.split_seconds,
+        "quantize_seconds": made.pack_seconds,
+        "shards": made.shards,
+        "shards_found_done": made.shards_found_done,
+    }
+
+
+@contextmanager
+def _appearing(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place in the end; it is made first, so that no work is lost."""
+    with _writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        yield temporary
+        with _writing(output):
+            temporary.chmod(0o755)
+            temporary.replace(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Name the folder that the user asked for, and not a temporary one, where it cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"cannot write {output}: {reason}; choose another --output") from None
+
+
+def _folder_of(model: str) -> Path:
+    """The folder of a model, or that of the Hub's cache with its tokenizer."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, allow_patterns=list(TOKENIZER_FILES)))
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def example_batch(model: Any) -> Batch:
+    """Make token ids that the model embeds, for backends that trace it."""
+    vocabulary = int(getattr(model.config, "vocab_size", 2))
+    ids = torch.arange(2 * 16).reshape(2, 16) % max(vocabulary, 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

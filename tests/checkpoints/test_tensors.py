@@ -1,0 +1,70 @@
+"""Tensors on disk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from splitquant_plugins.checkpoints.tensors import read_tensors, state_bytes, untied_state, write_tensors
+from splitquant_plugins.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("no_leftovers")
+
+
+def test_tied_tensors_are_kept_once():
+    one = torch.randn(3, 4)
+    state = {"a": one, "b": torch.randn(2), "c": one, "empty": torch.zeros(0), "none": torch.zeros(0)}
+    kept, same_as = untied_state(state)
+    assert set(kept) == {"a", "b", "empty", "none"}
+    assert same_as == {"c": "a"}
+    assert state_bytes(state) == (12 + 2) * 4
+
+
+def test_views_of_one_memory_are_not_taken_for_the_same():
+    one = torch.randn(4, 4)
+    kept, same_as = untied_state(
+        {"whole": one, "transposed": one.t(), "half": one[:2], "as integers": one.view(torch.int32)}
+    )
+    assert not same_as
+    assert torch.equal(kept["transposed"], one.t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int8])
+def test_tensors_come_back(tmp_path, dtype):
+    base = torch.randint(0, 100, (6, 4)).to(dtype)
+    state = {"base": base, "rows": base[:3], "again": base[3:], "scalar": torch.tensor(3).to(dtype)}
+    write_tensors(tmp_path / "f.safetensors", state)
+    back = read_tensors(tmp_path / "f.safetensors")
+    assert back.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(back[name], tensor)
+        assert back[name].dtype == dtype
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"f\.safetensors does not exist"):
+        read_tensors(tmp_path / "f.safetensors")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, -1])
+def test_a_truncated_file_is_named(tmp_path, keep):
+    path = tmp_path / "f.safetensors"
+    write_tensors(path, {"a": torch.randn(10)})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match=r"f\.safetensors is damaged"):
+        read_tensors(path)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "f.safetensors"
+    write_tensors(path, {"a": torch.zeros(2)})
+
+    def fail(tensors, temporary, metadata):
+        temporary.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("splitquant_plugins.checkpoints.tensors.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_tensors(path, {"a": torch.ones(2)})
+    assert torch.equal(read_tensors(path)["a"], torch.zeros(2))
+    assert len(list(tmp_path.iterdir())) == 1

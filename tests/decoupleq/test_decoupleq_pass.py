@@ -1,0 +1,321 @@
+"""DecoupleQPass: what it does to a model, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import splitquant_plugins.decoupleq.decoupleq_pass as module
+from splitquant_plugins import DecoupleQPass, Manifest, SplitQuantPass, UniformGrid, manifest_of
+from splitquant_plugins.errors import AlreadySplitError, ConfigError, InputError
+from splitquant_plugins.passes.rebuild import apply_manifest
+
+FAST = {"rounds": 1, "starts": (1.0,), "sweeps": 1}
+GRID = UniformGrid(2, "affine", "channel")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # small matrices: a second thread only waits
+    yield
+    torch.set_num_threads(before)
+
+
+class Block(nn.Module):
+    def __init__(self, width=12):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    """Three blocks between two layers, and one layer that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 12)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(12, 4)
+        self.idle = nn.Linear(3, 3)
+
+    def forward(self, x, labels=None):
+        if labels is not None:
+            raise AssertionError("labels were used")
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [{"x": torch.randn(40, 6, generator=generator), "labels": torch.zeros(40)} for _ in range(4)]
+
+
+def rounded(model, grid=GRID):
+    """The model as a backend that rounds plainly leaves it."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.weight.copy_(grid.quantize_dequantize(module.weight))
+    return model
+
+
+@torch.no_grad()
+def error(model, reference, batches):
+    return float(sum((model(b["x"]) - reference(b["x"])).square().mean() for b in batches))
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_plain_rounding_of_the_result_is_much_better(net, batches, plugins):
+    reference = copy.deepcopy(net)
+    plain = error(rounded(net), reference, batches)
+    solved = DecoupleQPass(calibration=batches, plugins=plugins, **FAST).apply(net, grid=GRID)
+    assert solved is net
+    assert error(rounded(net), reference, batches) < 0.4 * plain
+    # On this grid the float weights are the rounded ones.
+    assert same(weights(rounded(net)), {**weights(net), "idle.weight": rounded(net).idle.weight})
+    manifest = manifest_of(net)
+    records = {record.name: record.values for record in manifest.layers if record.values}
+    assert len(manifest.solved) == 8
+    solved_records = [record.values for record in manifest.solved]
+    assert all(r.error_after < r.error_before and r.samples == 160 for r in solved_records)
+    assert "never reach" in records["idle"].reason
+    assert torch.equal(net.idle.weight, reference.idle.weight)
+    assert not manifest.split
+
+
+def test_without_a_recipe_the_grid_is_that_of_the_options(net, batches, plugins):
+    DecoupleQPass(calibration=batches, bits=3, group_size=4, scheme="symmetric", plugins=plugins, **FAST)(net)
+    grid = UniformGrid(3, "symmetric", "group", 4)
+    assert manifest_of(net).solved[0].values.grid == repr(grid)
+    assert torch.allclose(grid.quantize_dequantize(net.head.weight), net.head.weight, atol=1e-6)
+
+
+def test_later_blocks_are_solved_on_the_inputs_that_solved_blocks_make(net, batches, plugins):
+    """Sequentially the error of the model's outputs is lower."""
+    reference = copy.deepcopy(net)
+    other = copy.deepcopy(net)
+    DecoupleQPass(calibration=batches, plugins=plugins, **FAST).apply(net, grid=GRID)
+    DecoupleQPass(calibration=batches, sequential=False, plugins=plugins, **FAST).apply(other, grid=GRID)
+    assert torch.equal(net.first.weight, other.first.weight)
+    assert error(rounded(net), reference, batches) < error(rounded(other), reference, batches)
+
+
+def test_deterministic_and_labels_do_not_matter(net, batches, plugins):
+    twin = copy.deepcopy(net)
+    solver = DecoupleQPass(calibration=batches, plugins=plugins, **FAST)
+    solver.apply(net, grid=GRID)
+    unlabelled = [{"x": batch["x"]} for batch in batches]
+    DecoupleQPass(calibration=lambda: iter(unlabelled), plugins=plugins, **FAST).apply(twin, grid=GRID)
+    assert same(weights(net), weights(twin))
+
+
+def test_blocks_are_tuned(net, batches, plugins):
+    reference, plain = copy.deepcopy(net), copy.deepcopy(net)
+    DecoupleQPass(calibration=batches, plugins=plugins, **FAST).apply(plain, grid=GRID)
+    options = {"tune_blocks": True, "epochs": 12, "tune_biases": True}
+    DecoupleQPass(calibration=batches, plugins=plugins, **FAST, **options).apply(net, grid=GRID)
+    changed = [
+        not torch.equal(one.norm.weight, two.norm.weight) for one, two in zip(net.blocks, reference.blocks, strict=True)
+    ]
+    assert any(changed)
+    assert not same(weights(net), weights(plain))
+    numbers = [re.findall(r"([\d.e-]+) before, ([\d.e-]+) after", note) for note in manifest_of(net).notes]
+    assert len(numbers) >= 2  # layers with a row that keeps plain rounding are left out
+    assert all(float(after) <= float(before) for ((before, after),) in numbers)
+    assert any(float(after) < 0.97 * float(before) for ((before, after),) in numbers)
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+    for layer in net.blocks.modules():
+        if isinstance(layer, nn.Linear):
+            assert torch.allclose(GRID.quantize_dequantize(layer.weight), layer.weight, atol=1e-6)
+
+
+def test_after_a_split_the_parts_are_solved_together(net, batches, plugins):
+    grid = UniformGrid(2, "symmetric", "tensor")
+    reference, whole, only_split = (copy.deepcopy(net) for _ in range(3))
+    solver = DecoupleQPass(calibration=batches, plugins=plugins, **FAST)
+    split = SplitQuantPass(k=2, plugins=plugins)
+    solver.apply(whole, grid=grid)
+    split.apply(only_split, grid=grid)
+    (split + solver).apply(net, grid=grid)
+    assert error(rounded(net, grid), reference, batches) < 0.3 * error(rounded(whole, grid), reference, batches)
+    assert error(rounded(net, grid), reference, batches) < 0.3 * error(rounded(only_split, grid), reference, batches)
+    manifest = manifest_of(net)
+    assert len(manifest.split) == 9
+    assert all(record.values.joint for record in manifest.solved)
+    assert any("no longer sum" in note for note in manifest.notes)
+    # The skeleton of such a model is that of the split.
+    rebuilt = apply_manifest(Net(), Manifest.model_validate_json(manifest.model_dump_json()), plugins)
+    rebuilt.load_state_dict(net.state_dict())
+    assert torch.equal(rebuilt(batches[0]["x"]), net(batches[0]["x"]))
+
+
+def test_the_manifest_of_a_model_that_was_not_split(net, batches, plugins, tmp_path):
+    DecoupleQPass(calibration=batches, plugins=plugins, **FAST).apply(net, grid=GRID)
+    manifest = manifest_of(net)
+    manifest.save(tmp_path)
+    assert Manifest.load(tmp_path) == manifest
+    assert manifest.values["rounds"] == 1
+    loaded = apply_manifest(Net(), Manifest.load(tmp_path), plugins)
+    assert type(loaded.head) is nn.Linear
+
+
+def test_convolutions_tied_layers_and_exclusions(plugins):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=2),
+        nn.Flatten(),
+        nn.Linear(8 * 16, 8),
+        nn.Linear(8, 8),
+        nn.Linear(8, 8),
+    ).eval()
+    model[6].weight = model[5].weight
+    batches = [torch.randn(30, 3, 6, 6)]
+    before = model[4].weight.detach().clone()
+    DecoupleQPass(calibration=batches, exclude="4", plugins=plugins, **FAST).apply(model, grid=GRID, leave=["0"])
+    records = {record.name: record.values for record in manifest_of(model).layers}
+    assert model[6].weight is model[5].weight
+    assert torch.equal(model[4].weight, before)
+    assert {name for name, record in records.items() if record.action == "solved"} == {"2", "5", "6"}
+    assert "exclude" in records["4"].reason
+    assert "recipe" in records["0"].reason
+    assert records["2"].error_after < records["2"].error_before
+
+
+def test_transformers_conv1d(plugins):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = nn.Sequential(transformers.pytorch_utils.Conv1D(10, 6), nn.ReLU(), nn.Linear(10, 3))
+    reference = copy.deepcopy(model)
+    batches = [torch.randn(64, 6)]
+    options = {"tune_blocks": True, "epochs": 1}
+    DecoupleQPass(calibration=batches, plugins=plugins, **FAST, **options).apply(model, grid=GRID)
+    weight = model[0].weight.detach()
+    assert weight.shape == reference[0].weight.shape
+    assert torch.allclose(GRID.quantize_dequantize(weight.t()).t(), weight, atol=1e-6)
+    assert not torch.allclose(weight, reference[0].weight)
+
+
+@pytest.mark.parametrize("tune", [False, True])
+def test_a_run_that_was_killed_goes_on(net, batches, plugins, tmp_path, tune, monkeypatch):
+    options = {**FAST, "plugins": plugins, "resume_dir": tmp_path, "tune_blocks": tune, "epochs": 1}
+    straight = copy.deepcopy(net)
+    DecoupleQPass(calibration=batches, **{**options, "resume_dir": None}).apply(straight, grid=GRID)
+    before = weights(net)
+    killed = copy.deepcopy(net)
+
+    real, names = module.solve_on_grid, []
+
+    def counted(*args, **kwargs):
+        names.append(kwargs["name"])
+        if len(names) == 6:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "solve_on_grid", counted)
+    with pytest.raises(KeyboardInterrupt):
+        DecoupleQPass(calibration=batches, **options).apply(killed, grid=GRID)
+    assert same(weights(killed), before), "the model was not put back"
+    assert names[-1] == "blocks.2.up"
+    names.clear()
+    names.extend(["done"] * 6)
+    DecoupleQPass(calibration=batches, **options).apply(killed, grid=GRID)
+    assert names[6:] == ["blocks.2.up", "blocks.2.down", "head"]
+    assert same(weights(killed), weights(straight))
+    assert [r.values.error_after for r in manifest_of(killed).solved] == [
+        r.values.error_after for r in manifest_of(straight).solved
+    ]
+    with pytest.raises(InputError, match="other options, weights or calibration"):
+        DecoupleQPass(calibration=batches[1:], **options).apply(copy.deepcopy(net), grid=GRID)
+
+
+def test_nan_in_the_calibration_names_the_layer_and_changes_nothing(net, batches, plugins):
+    before = weights(net)
+    bad = [*batches, {"x": torch.full((2, 6), torch.nan)}]
+    with pytest.raises(InputError, match=r"first: .*NaN"):
+        DecoupleQPass(calibration=bad, plugins=plugins, **FAST).apply(net, grid=GRID)
+    assert same(weights(net), before)
+    with pytest.raises(InputError, match="no calibration batches"):
+        DecoupleQPass(calibration=[], plugins=plugins, **FAST).apply(net, grid=GRID)
+
+
+def test_what_is_refused(net, batches, plugins):
+    def solver(**options):
+        return DecoupleQPass(calibration=batches, plugins=plugins, **options)
+
+    with pytest.raises(ConfigError, match=r"no option 'bit'; it takes: .*bits, .*calibration.*resume_dir"):
+        solver(bit=2)
+    with pytest.raises(ConfigError, match="bits=9"):
+        solver(bits=9)
+    with pytest.raises(ConfigError, match="group_size"):
+        solver(granularity="group")
+    with pytest.raises(ConfigError, match="needs calibration"):
+        DecoupleQPass(plugins=plugins)
+    with pytest.raises(ConfigError, match="one-shot iterator"):
+        DecoupleQPass(calibration=iter(batches), plugins=plugins)
+    with pytest.raises(ConfigError, match="values are chosen last"):
+        solver() + SplitQuantPass(plugins=plugins)
+    with pytest.raises(ConfigError, match=r"bits=4.*rounds to a grid with bits=2"):
+        solver(bits=4).apply(net, grid=GRID)
+    with pytest.raises(ConfigError, match="matches no module"):
+        solver(exclude="nowhere").apply(net, grid=GRID)
+    with pytest.raises(ConfigError, match="no layer to solve"):
+        solver().apply(net, grid=lambda name: None)
+    with pytest.raises(InputError, match="exported graphs"):
+        solver()(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2))))
+    with pytest.raises(InputError, match=r"takes a torch\.nn\.Module"):
+        solver()("model")
+    solver(**FAST).apply(net, grid=GRID)
+    with pytest.raises(AlreadySplitError, match="applied to this model before"):
+        solver().apply(net, grid=GRID)
+    assert repr(solver(bits=2)) == "DecoupleQPass(bits=2)"
+
+
+def test_statistics_within_a_limit_give_a_solution_too(net, batches, plugins):
+    DecoupleQPass(calibration=batches, calibration_bytes=1, plugins=plugins, **FAST).apply(net, grid=GRID)
+    assert len(manifest_of(net).solved) == 8
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"sequential": False}, {"tune_blocks": True, "epochs": 1}])
+def test_a_batch_that_does_not_fit_is_named_and_the_model_is_put_back(net, number, options):
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    batches = [torch.randn(8, 6) for _ in range(3)]
+    batches[number - 1] = torch.randn(8, 5)
+    with pytest.raises(InputError, match=f"calibration batch {number}[: ]"):
+        DecoupleQPass(calibration=batches, **FAST, **options).apply(net, grid=GRID)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_passes_in_a_row_print_as_they_are_written():
+    first, second = SplitQuantPass(k=2), DecoupleQPass(calibration=[], bits=3)
+    assert repr(first + second) == f"{first!r} + {second!r}"
+    assert repr(first + second) == repr(SplitQuantPass(k=2) + DecoupleQPass(calibration=[], bits=3))
+    assert repr(first + second) != repr(SplitQuantPass(k=4) + second)
