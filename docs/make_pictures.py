@@ -35,7 +35,7 @@ def synthetic_weights() -> Tensor:
 def levels(values: Tensor) -> Tensor:
     """The four values that the grid of these values can hold."""
     _, scale, zero_point = GRID.quantize(values[None])
-    low, high = GRID.code_range
+    low, high = GRID.quant_min, GRID.quant_max
     return ((torch.arange(low, high + 1) - zero_point) * scale).flatten()
 
 

@@ -98,7 +98,7 @@ class QuantizedModel:
 
 @dataclass(frozen=True)
 class Support:
-    """One cell of a backend's table: what can be chosen at a weight width; the first entry is the default."""
+    """One group of a backend's table: what can be chosen at a weight width; the first entry is the default."""
 
     granularities: tuple[GridGranularity, ...]
     schemes: tuple[Scheme, ...]

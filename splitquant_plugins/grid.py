@@ -4,7 +4,7 @@ The equations are (1) to (6) of SplitQuant (arXiv 2501.12428): with b bits, the 
 [beta, alpha] onto 2^b - 1 steps, Q(x) = clamp(round(S x) + Z), and x is recovered as (Q - Z) / S. Here
 `scale` is 1/S, the width of a step, as every framework stores it.
 
-A tensor is cut into *cells*, each with a scale and a zero point of its own: the whole tensor, one cell per
+A tensor is cut into *groups*, each with a scale and a zero point of its own: the whole tensor, one group per
 output channel (dimension 0), or runs of `group_size` values along the inputs of a channel.
 """
 
@@ -48,17 +48,21 @@ class Grid(Protocol):
         """Values per group where `granularity` is `group`."""
 
     @property
-    def code_range(self) -> tuple[int, int]:
-        """Lowest and highest code that the backend stores."""
+    def quant_min(self) -> int:
+        """Lowest code that the backend stores."""
 
-    def cells(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Cut a tensor into 2-D views [cells, values]; a second one holds the shorter last groups."""
+    @property
+    def quant_max(self) -> int:
+        """Highest code that the backend stores."""
 
-    def from_cells(self, cells: Sequence[Tensor], shape: torch.Size) -> Tensor:
-        """Put what `cells` cut back together."""
+    def groups(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Cut a tensor into 2-D views [groups, values]; a second one holds the shorter last groups."""
 
-    def qparams(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point that the backend chooses for 2-D `cells`, each of shape [cells, 1]."""
+    def from_groups(self, groups: Sequence[Tensor], shape: torch.Size) -> Tensor:
+        """Put what `groups` cut back together."""
+
+    def qparams(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point that the backend chooses for 2-D `groups`, each of shape [groups, 1]."""
 
     def quantize_dequantize(self, tensor: Tensor) -> Tensor:
         """Round a tensor as the backend will, bit for bit."""
@@ -96,14 +100,17 @@ class UniformGrid:
             raise ConfigError(f"group_size={self.group_size}: a group has at least one value")
 
     @property
-    def code_range(self) -> tuple[int, int]:
-        """Lowest and highest code."""
-        high = 2 ** (self.bits - 1) - 1
-        restricted = self.scheme == "symmetric" and self.symmetric_scale == "restricted"
-        return (-high if restricted else -high - 1), high
+    def quant_min(self) -> int:
+        """Lowest code."""
+        return -self.quant_max - (0 if self.scheme == "symmetric" and self.symmetric_scale == "restricted" else 1)
 
-    def cells(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Cut a tensor into 2-D views [cells, values]; a second one holds the shorter last groups."""
+    @property
+    def quant_max(self) -> int:
+        """Highest code."""
+        return 2 ** (self.bits - 1) - 1
+
+    def groups(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Cut a tensor into 2-D views [groups, values]; a second one holds the shorter last groups."""
         if self.granularity == "tensor" or tensor.ndim < 2:
             return (tensor.reshape(1, -1),)
         rows = tensor.reshape(tensor.shape[0], -1)
@@ -113,17 +120,17 @@ class UniformGrid:
         grouped = rows[:, :whole].reshape(-1, self.group_size)
         return (grouped,) if whole == rows.shape[1] else (grouped, rows[:, whole:])
 
-    def from_cells(self, cells: Sequence[Tensor], shape: torch.Size) -> Tensor:
-        """Put what `cells` cut back together."""
-        if len(cells) == 1:
-            return cells[0].reshape(shape)
-        return torch.cat([part.reshape(shape[0], -1) for part in cells], dim=1).reshape(shape)
+    def from_groups(self, groups: Sequence[Tensor], shape: torch.Size) -> Tensor:
+        """Put what `groups` cut back together."""
+        if len(groups) == 1:
+            return groups[0].reshape(shape)
+        return torch.cat([part.reshape(shape[0], -1) for part in groups], dim=1).reshape(shape)
 
-    def qparams(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of 2-D `cells`, each of shape [cells, 1]; an all-zero cell has scale 1."""
-        qmin, qmax = self.code_range
-        low = cells.amin(dim=1, keepdim=True).clamp(max=0)
-        high = cells.amax(dim=1, keepdim=True).clamp(min=0)
+    def qparams(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of 2-D `groups`, each of shape [groups, 1]; an all-zero group has scale 1."""
+        qmin, qmax = self.quant_min, self.quant_max
+        low = groups.amin(dim=1, keepdim=True).clamp(max=0)
+        high = groups.amax(dim=1, keepdim=True).clamp(min=0)
         if self.scheme == "affine":
             scale = (high - low) / (qmax - qmin)
         elif self.symmetric_scale == "restricted":
@@ -135,22 +142,22 @@ class UniformGrid:
             return scale, torch.zeros_like(scale)
         return scale, (qmin - torch.round(low / scale)).clamp(qmin, qmax)
 
-    def quantize(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes (as floats) of 2-D `cells`, with their scale and zero point."""
-        scale, zero_point = self.qparams(cells)
-        qmin, qmax = self.code_range
-        return (torch.round(cells / scale) + zero_point).clamp(qmin, qmax), scale, zero_point
+    def quantize(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes (as floats) of 2-D `groups`, with their scale and zero point."""
+        scale, zero_point = self.qparams(groups)
+        qmin, qmax = self.quant_min, self.quant_max
+        return (torch.round(groups / scale) + zero_point).clamp(qmin, qmax), scale, zero_point
 
     def quantize_dequantize(self, tensor: Tensor) -> Tensor:
         """Round a tensor to the grid that it would get by itself."""
         rounded = []
-        for cells in self.cells(tensor):
-            codes, scale, zero_point = self.quantize(cells)
+        for groups in self.groups(tensor):
+            codes, scale, zero_point = self.quantize(groups)
             rounded.append((codes - zero_point) * scale)
-        return self.from_cells(rounded, tensor.shape)
+        return self.from_groups(rounded, tensor.shape)
 
     def stored_bits(self, shape: torch.Size) -> int:
         """Bits that a tensor of this shape takes in packed form, scales and zero points included."""
-        number = sum(part.shape[0] for part in self.cells(torch.empty(shape, device="meta")))
+        number = sum(part.shape[0] for part in self.groups(torch.empty(shape, device="meta")))
         zero_point_bits = self.bits if self.scheme == "affine" else 0
         return shape.numel() * self.bits + number * (self.scale_bits + zero_point_bits)

@@ -47,13 +47,17 @@ class IncRtnGrid:
         return "channel" if self.group_size is None else "group"
 
     @property
-    def code_range(self) -> tuple[int, int]:
-        """Lowest and highest code; a symmetric code is stored with 2^(b-1) added to it."""
-        half: int = 2 ** (self.bits - 1)
-        return (0, 2 * half - 1) if self.scheme == "affine" else (-half, half - 1)
+    def quant_min(self) -> int:
+        """Lowest code; a symmetric code is stored with 2^(b-1) added to it."""
+        return 0 if self.scheme == "affine" else -(1 << (self.bits - 1))
 
-    def cells(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Cut a tensor into 2-D views [cells, values]; a second one holds the shorter last groups."""
+    @property
+    def quant_max(self) -> int:
+        """Highest code."""
+        return self.quant_min + (1 << self.bits) - 1
+
+    def groups(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Cut a tensor into 2-D views [groups, values]; a second one holds the shorter last groups."""
         rows = tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.reshape(tensor.shape[0], -1)
         if self.group_size is None or rows.shape[1] < self.group_size:
             return (rows,)
@@ -61,20 +65,20 @@ class IncRtnGrid:
         grouped = rows[:, :whole].reshape(-1, self.group_size)
         return (grouped,) if whole == rows.shape[1] else (grouped, rows[:, whole:])
 
-    def from_cells(self, cells: Sequence[Tensor], shape: torch.Size) -> Tensor:
-        """Put what `cells` cut back together."""
-        if len(cells) == 1:
-            return cells[0].reshape(shape)
+    def from_groups(self, groups: Sequence[Tensor], shape: torch.Size) -> Tensor:
+        """Put what `groups` cut back together."""
+        if len(groups) == 1:
+            return groups[0].reshape(shape)
         rows = shape[0] if len(shape) > 1 else 1
-        return torch.cat([part.reshape(rows, -1) for part in cells], dim=1).reshape(shape)
+        return torch.cat([part.reshape(rows, -1) for part in groups], dim=1).reshape(shape)
 
-    def qparams(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point that choose the codes of 2-D `cells`, each of shape [cells, 1].
+    def qparams(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point that choose the codes of 2-D `groups`, each of shape [groups, 1].
 
-        A cell of zeros is given the range that INC gives it: -1 to 1, or a largest magnitude of 1.
+        A group of zeros is given the range that INC gives it: -1 to 1, or a largest magnitude of 1.
         """
         if self.scheme == "symmetric":
-            largest, lowest = cells.amax(dim=1, keepdim=True), cells.amin(dim=1, keepdim=True)
+            largest, lowest = groups.amax(dim=1, keepdim=True), groups.amin(dim=1, keepdim=True)
             magnitude = torch.maximum(largest.abs(), lowest.abs())
             magnitude = torch.where(magnitude == 0, torch.ones_like(magnitude), magnitude)
             if self.full_range:
@@ -84,30 +88,30 @@ class IncRtnGrid:
                 scale = magnitude / (2 ** (self.bits - 1) - 1)
             return scale, torch.zeros_like(scale)
         # INC compares with a 32-bit zero, which widens the ends of a 16-bit weight.
-        wide = torch.promote_types(cells.dtype, torch.float32)
-        low = cells.amin(dim=1, keepdim=True).to(wide).clamp(max=0)
-        high = cells.amax(dim=1, keepdim=True).to(wide).clamp(min=0)
+        wide = torch.promote_types(groups.dtype, torch.float32)
+        low = groups.amin(dim=1, keepdim=True).to(wide).clamp(max=0)
+        high = groups.amax(dim=1, keepdim=True).to(wide).clamp(min=0)
         empty = (low == 0) & (high == 0)
         low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
         scale = (high - low) / (2**self.bits - 1)
         return scale, torch.round(-low / scale)
 
-    def quantize(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes (as floats of the cells' dtype) of 2-D `cells`, with their scale and zero point."""
-        scale, zero_point = self.qparams(cells)
+    def quantize(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes (as floats of the groups' dtype) of 2-D `groups`, with their scale and zero point."""
+        scale, zero_point = self.qparams(groups)
         # 0 / 0, where the scale of a 16-bit weight underflows, dequantizes to 0.
-        codes = cells.clone().div_(scale).round_().nan_to_num_(nan=0.0)
+        codes = groups.clone().div_(scale).round_().nan_to_num_(nan=0.0)
         if self.scheme == "affine":
             codes.add_(zero_point)
-        return codes.clamp_(*self.code_range), scale, zero_point
+        return codes.clamp_(self.quant_min, self.quant_max), scale, zero_point
 
     def quantize_dequantize(self, tensor: Tensor) -> Tensor:
         """Round a tensor as INC will: what `recover()` of the packed layer gives, in the tensor's dtype."""
         rounded = []
-        for cells in self.cells(tensor):
-            codes, scale, zero_point = self.quantize(cells)
+        for groups in self.groups(tensor):
+            codes, scale, zero_point = self.quantize(groups)
             rounded.append(((codes - zero_point).half() * scale.half()).to(tensor.dtype))
-        return self.from_cells(rounded, tensor.shape)
+        return self.from_groups(rounded, tensor.shape)
 
     def stored_bits(self, shape: torch.Size) -> int:
         """Bits of the packed codes, scales and zero points, rows filled up to whole 32-bit words.

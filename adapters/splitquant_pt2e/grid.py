@@ -12,7 +12,7 @@ from torch import Tensor
 from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.grid import GridGranularity, Scheme, UniformGrid
 
-EPS = torch.finfo(torch.float32).tiny  # floors no scale but that of an all-zero cell
+EPS = torch.finfo(torch.float32).tiny  # floors no scale but that of an all-zero group
 OBSERVERS = ("MinMaxObserver", "PerChannelMinMaxObserver")
 HOMES = ("torchao.quantization.pt2e.", "torch.ao.quantization.")
 SCHEMES: dict[torch.qscheme, tuple[Scheme, GridGranularity]] = {
@@ -61,43 +61,48 @@ class Pt2eGrid:
         return None
 
     @property
-    def code_range(self) -> tuple[int, int]:
-        """Lowest and highest code."""
-        return self.lowest, self.highest
+    def quant_min(self) -> int:
+        """Lowest code."""
+        return self.lowest
 
-    def cells(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Cut a weight into 2-D views [cells, values]."""
-        return self._uniform.cells(tensor)
+    @property
+    def quant_max(self) -> int:
+        """Highest code."""
+        return self.highest
 
-    def from_cells(self, cells: Sequence[Tensor], shape: torch.Size) -> Tensor:
-        """Put what `cells` cut back together."""
-        return self._uniform.from_cells(cells, shape)
+    def groups(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Cut a weight into 2-D views [groups, values]."""
+        return self._uniform.groups(tensor)
 
-    def qparams(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of 2-D `cells`, each float32 of shape [cells, 1]."""
-        cells = cells.float()
-        low = cells.amin(dim=1, keepdim=True).clamp(max=0)
-        high = cells.amax(dim=1, keepdim=True).clamp(min=0)
-        floor = torch.tensor(self.eps, device=cells.device)
+    def from_groups(self, groups: Sequence[Tensor], shape: torch.Size) -> Tensor:
+        """Put what `groups` cut back together."""
+        return self._uniform.from_groups(groups, shape)
+
+    def qparams(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of 2-D `groups`, each float32 of shape [groups, 1]."""
+        groups = groups.float()
+        low = groups.amin(dim=1, keepdim=True).clamp(max=0)
+        high = groups.amax(dim=1, keepdim=True).clamp(min=0)
+        floor = torch.tensor(self.eps, device=groups.device)
         if self.scheme == "symmetric":
             scale = torch.maximum(torch.maximum(-low, high) / ((self.highest - self.lowest) / 2), floor)
             return scale, torch.zeros_like(scale)
         scale = torch.maximum((high - low) / (self.highest - self.lowest), floor)
         return scale, (self.lowest - torch.round(low / scale)).clamp(self.lowest, self.highest)
 
-    def quantize(self, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes (as floats) of 2-D `cells`, with their scale and zero point."""
-        scale, zero_point = self.qparams(cells)
-        codes = torch.round(cells.float() * (1.0 / scale)) + zero_point  # the operators multiply by 1/scale
+    def quantize(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes (as floats) of 2-D `groups`, with their scale and zero point."""
+        scale, zero_point = self.qparams(groups)
+        codes = torch.round(groups.float() * (1.0 / scale)) + zero_point  # the operators multiply by 1/scale
         return codes.clamp(self.lowest, self.highest), scale, zero_point
 
     def quantize_dequantize(self, tensor: Tensor) -> Tensor:
         """Round a weight as convert_pt2e does; the arithmetic is float32, the answer has the weight's dtype."""
         rounded = []
-        for cells in self.cells(tensor):
-            codes, scale, zero_point = self.quantize(cells)
+        for groups in self.groups(tensor):
+            codes, scale, zero_point = self.quantize(groups)
             rounded.append(((codes - zero_point) * scale).to(tensor.dtype))
-        return self.from_cells(rounded, tensor.shape)
+        return self.from_groups(rounded, tensor.shape)
 
     def stored_bits(self, shape: torch.Size) -> int:
         """Bits that a weight of this shape takes in packed form; PT2E itself stores a byte for each code."""

@@ -68,9 +68,14 @@ class QuantoGrid:
         return None
 
     @property
-    def code_range(self) -> tuple[int, int]:
-        """Lowest and highest code."""
-        return self._uniform(torch.Size([1, 1])).code_range
+    def quant_min(self) -> int:
+        """Lowest code."""
+        return self._uniform(torch.Size([1, 1])).quant_min
+
+    @property
+    def quant_max(self) -> int:
+        """Highest code."""
+        return self._uniform(torch.Size([1, 1])).quant_max
 
     @property
     def whole(self) -> QuantoWholeGrid:
@@ -81,17 +86,17 @@ class QuantoGrid:
         size = group_size_of(shape[1:].numel(), self.bits)
         return UniformGrid(self.bits, self.scheme, "group" if size else "channel", size)
 
-    def cells(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Cut a weight into 2-D views [cells, values]."""
-        return self._uniform(tensor.shape).cells(tensor)
+    def groups(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Cut a weight into 2-D views [groups, values]."""
+        return self._uniform(tensor.shape).groups(tensor)
 
-    def from_cells(self, cells: Sequence[Tensor], shape: torch.Size) -> Tensor:
-        """Put what `cells` cut back together."""
-        return self._uniform(shape).from_cells(cells, shape)
+    def from_groups(self, groups: Sequence[Tensor], shape: torch.Size) -> Tensor:
+        """Put what `groups` cut back together."""
+        return self._uniform(shape).from_groups(groups, shape)
 
-    def qparams(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of 2-D `cells`, each of shape [cells, 1]."""
-        return self._uniform(torch.Size([1, 1])).qparams(cells)
+    def qparams(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of 2-D `groups`, each of shape [groups, 1]."""
+        return self._uniform(torch.Size([1, 1])).qparams(groups)
 
     def quantize_dequantize(self, tensor: Tensor) -> Tensor:
         """Round a weight with quanto's own functions."""
@@ -111,15 +116,15 @@ class QuantoGrid:
     def stored_bits(self, shape: torch.Size) -> int:
         """Bits that a weight of this shape takes: codes, and 32 for each scale and each shift."""
         uniform = self._uniform(shape)
-        cells = sum(part.shape[0] for part in uniform.cells(torch.empty(shape, device="meta")))
-        return shape.numel() * self.bits + cells * (32 if self.bits == 8 else 64)
+        groups = sum(part.shape[0] for part in uniform.groups(torch.empty(shape, device="meta")))
+        return shape.numel() * self.bits + groups * (32 if self.bits == 8 else 64)
 
 
 @dataclass(frozen=True)
 class QuantoWholeGrid(QuantoGrid):
     """quanto's own grid: below 8 bits from the lowest to the highest value, so that 0 may lie between two codes.
 
-    `qparams` and `cells` are those of QuantoGrid; `quantize_dequantize` tells the difference.
+    `qparams` and `groups` are those of QuantoGrid; `quantize_dequantize` tells the difference.
     """
 
     @property

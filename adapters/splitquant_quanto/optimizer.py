@@ -15,7 +15,7 @@ from torch import Tensor, nn
 class ZeroExactOptimizer(AffineOptimizer):
     """Give the scale of another affine optimizer, and a shift that is a multiple of it.
 
-    A range that does not include 0 is widened to it first. A cell of zeros has scale 1.
+    A range that does not include 0 is widened to it first. A group of zeros has scale 1.
     """
 
     def __init__(self, inner: AffineOptimizer | None = None) -> None:

@@ -51,12 +51,12 @@ def target_of(grid: Grid, shape: torch.Size) -> Target:
 
     `grid` may have an attribute `free_zero`, true where its zero is any number within the range of the values.
     """
-    cells = [part for part in grid.cells(torch.empty(shape, device="meta")) if part.shape[0]]
-    width, columns = cells[0].shape[1], shape[1:].numel()
-    tensor = cells[0].shape[0] == 1 and shape[0] > 1
+    groups = [part for part in grid.groups(torch.empty(shape, device="meta")) if part.shape[0]]
+    width, columns = groups[0].shape[1], shape[1:].numel()
+    tensor = groups[0].shape[0] == 1 and shape[0] > 1
     group_size = width if width < columns else None
     granularity: ValueGranularity = "tensor" if tensor else "row" if group_size is None else "group"
-    low, high = grid.code_range
+    low, high = grid.quant_min, grid.quant_max
     if grid.scheme == "affine":
         zero: ZeroKind = "float" if getattr(grid, "free_zero", False) else "integer"
         bits = (high - low).bit_length()

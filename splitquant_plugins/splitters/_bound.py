@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 def additive_bound(weight: Tensor, grid: Grid, k: int) -> float:
-    """Squared error of the best additive code found: k free codes per weight, k scales and zero points per cell.
+    """Squared error of the best additive code found: k free codes per weight, k scales and zero points per group.
 
     Parts need not sum to the weight here, so nothing makes the ranges cover the largest weights. The scales are
     searched, not proven, so this is what a quantizer without the splitter's constraints reaches in practice;
-    `free_bound` is below it. Estimated on the splitter's sketch of each cell.
+    `free_bound` is below it. Estimated on the splitter's sketch of each group.
     """
     found = shapes(grid)
     error = 0.0
-    for cells in grid.cells(weight):
-        live = cells[(cells != 0).any(dim=1)]
+    for groups in grid.groups(weight):
+        live = groups[(groups != 0).any(dim=1)]
         if not len(live):
             continue
         peak = live.double().abs().amax(dim=1)
@@ -38,16 +38,16 @@ def additive_bound(weight: Tensor, grid: Grid, k: int) -> float:
 
 
 def free_bound(weight: Tensor, grid: Grid, k: int, rounds: int = 200) -> float:
-    """Squared error with as many levels as the k parts have sums, each placed freely, per cell of the grid.
+    """Squared error with as many levels as the k parts have sums, each placed freely, per group of the grid.
 
     Lloyd's algorithm, started from quantiles and an even grid: a local optimum. A sum of k codes has at most
     that many levels and cannot place them freely.
     """
-    qmin, qmax = grid.code_range
+    qmin, qmax = grid.quant_min, grid.quant_max
     count = (qmax - qmin + 1) ** k
     error = 0.0
-    for cells in grid.cells(weight):
-        for row in cells.double():
+    for groups in grid.groups(weight):
+        for row in groups.double():
             error += _lloyd(row.sort().values, count, rounds)
     return error
 

@@ -1,8 +1,8 @@
-"""Search for the scales of k parts whose levels add up to the best codebook for every cell.
+"""Search for the scales of k parts whose levels add up to the best codebook for every group.
 
 Each part contributes one of its levels, so a weight is rounded to the nearest of the sums: the sumset of k
 small uniform grids, 64 levels for three INT2 parts. Parts have to sum to the weight, so the ranges of the parts
-together must cover the range of the cell; nothing else ties the levels to the weights (see `_realise`).
+together must cover the range of the group; nothing else ties the levels to the weights (see `_realise`).
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ _STARTS = 1 << 20  # levels of all starts together
 _COARSE = (0.2, 0.1)  # steps of the pattern search from every start
 _FINE = (0.05, 0.025, 0.012)  # and from the best one's end
 _SAMPLE_CELLS = 4
-_TOGETHER = 128  # cells, repeated for each start, that descend together
-_KEPT = 1024  # starts that are tried on more than one cell
+_TOGETHER = 128  # groups, repeated for each start, that descend together
+_KEPT = 1024  # starts that are tried on more than one group
 
 
 @dataclass(frozen=True)
 class Codebook:
-    """Per cell: the index of every part's shape [cells, k] and its scale [cells, k], widest first."""
+    """Per group: the index of every part's shape [groups, k] and its scale [groups, k], widest first."""
 
     shape: Tensor
     scale: Tensor
 
     def levels(self, codes: Tensor) -> Tensor:
-        """All sums [cells, codes ** k], unsorted, the last part's code running fastest."""
+        """All sums [groups, codes ** k], unsorted, the last part's code running fastest."""
         return sumset(codes[self.shape], self.scale)
 
 
 def sumset(codes: Tensor, scale: Tensor) -> Tensor:
-    """Sums of one level per part; `codes` [cells, k, c] times `scale` [cells, k] give [cells, c ** k]."""
+    """Sums of one level per part; `codes` [groups, k, c] times `scale` [groups, k] give [groups, c ** k]."""
     values = codes * scale.unsqueeze(2)
     total = values[:, 0]
     for part in range(1, values.shape[1]):
@@ -53,27 +53,27 @@ def sumset(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 class Search:
-    """The search on a sketch; `cover` demands that the parts' ranges cover the cells' ranges."""
+    """The search on a sketch; `cover` demands that the parts' ranges cover the groups' ranges."""
 
-    def __init__(self, found: Sequence[Shape], k: int, cells: Sketch, *, cover: bool = True) -> None:
-        self.codes = table(list(found)).to(cells.values.device)
+    def __init__(self, found: Sequence[Shape], k: int, groups: Sketch, *, cover: bool = True) -> None:
+        self.codes = table(list(found)).to(groups.values.device)
         reach = torch.tensor([shape.interval() for shape in found], dtype=torch.float64)
         self.below, self.above = (-reach[:, 0]).to(self.codes), reach[:, 1].to(self.codes)
         ends = [(min(s.pins)[0], max(s.pins)[0]) if s.pins else (0.0, 0.0) for s in found]
         self.bottom, self.top = torch.tensor(ends, dtype=torch.float64).to(self.codes).T
         self.either = found[0].either
-        self.k, self.cells, self.cover = k, cells, cover
-        self.row = torch.arange(len(cells.values), device=cells.values.device)
+        self.k, self.groups, self.cover = k, groups, cover
+        self.row = torch.arange(len(groups.values), device=groups.values.device)
 
     def best(self) -> Codebook:
-        """The best codebook found for every cell of the sketch, in units of the cell's largest magnitude."""
+        """The best codebook found for every group of the sketch, in units of the group's largest magnitude."""
         starts = self._starts()
-        cells = len(self.row)
+        groups = len(self.row)
         shape, scale = self._rank(
-            *starts, keep=2 if cells > 1024 or self.codes.shape[1] ** self.k > 64 else 3 if cells > 16 else 6
+            *starts, keep=2 if groups > 1024 or self.codes.shape[1] ** self.k > 64 else 3 if groups > 16 else 6
         )
         runs = shape.shape[1]
-        step = max(1, min(runs, _TOGETHER // cells))  # starts of a cell that descend together
+        step = max(1, min(runs, _TOGETHER // groups))  # starts of a group that descend together
         found = [self._descend_all(shape[:, i : i + step], scale[:, i : i + step]) for i in range(0, runs, step)]
         shape, scale, cost = (torch.cat(columns, dim=1) for columns in zip(*found, strict=True))
         best = cost.argmin(dim=1)
@@ -81,21 +81,21 @@ class Search:
         return Codebook(shape, scale)
 
     def _descend_all(self, shape: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Coarse descent from several starts per cell [cells, starts, k]; costs [cells, starts]."""
+        """Coarse descent from several starts per group [groups, starts, k]; costs [groups, starts]."""
         number = shape.shape[1]
         repeated = copy.copy(self)
-        repeated.cells = self.cells.rows(self.row.repeat_interleave(number))
+        repeated.groups = self.groups.rows(self.row.repeat_interleave(number))
         ends = repeated._descend(shape.flatten(0, 1), scale.flatten(0, 1), _COARSE, shapes=True)
         return ends[0].reshape(shape.shape), ends[1].reshape(scale.shape), ends[2].reshape(-1, number)
 
-    def cost(self, shape: Tensor, scale: Tensor, cell: int | None = None) -> Tensor:
-        """Squared error of codebook i on cell i, or of every codebook on one cell."""
+    def cost(self, shape: Tensor, scale: Tensor, group: int | None = None) -> Tensor:
+        """Squared error of codebook i on group i, or of every codebook on one group."""
         step = max(1, _CHUNK // self.codes.shape[1] ** self.k)
         out = []
         for at in range(0, len(shape), step):
             here = slice(at, at + step)
             values = sumset(self.codes[shape[here]], scale[here]).sort(dim=1).values
-            on = self.cells.rows(here if cell is None else slice(cell, cell + 1))
+            on = self.groups.rows(here if group is None else slice(group, group + 1))
             cost = price(values, on)
             if self.cover:
                 cost = cost.masked_fill(~self._can_pin(shape[here], scale[here], on), torch.inf)
@@ -114,14 +114,14 @@ class Search:
         return can
 
     def fit(self, shape: Tensor, scale: Tensor, rows: slice | None = None, *, first: bool = False) -> Tensor:
-        """Enlarge scales (all in proportion, or only the first part's) until the ranges cover the cells."""
+        """Enlarge scales (all in proportion, or only the first part's) until the ranges cover the groups."""
         if not self.cover:
             return scale
-        cells = self.cells if rows is None else self.cells.rows(rows)
+        groups = self.groups if rows is None else self.groups.rows(rows)
         out = scale
         for reach, need in (
-            (self.above[shape], cells.high),
-            (self.below[shape], -cells.low),
+            (self.above[shape], groups.high),
+            (self.below[shape], -groups.low),
         ):
             have = (out * reach).sum(dim=1, keepdim=True)
             if first:
@@ -146,16 +146,16 @@ class Search:
         scale = torch.tensor([(1.0, *t) for t in steps], dtype=torch.float64).cumprod(dim=1)
         shape = torch.tensor(tuples)
         pairs = torch.cartesian_prod(torch.arange(len(shape)), torch.arange(len(scale)))
-        few = len(self.row) <= _SAMPLE_CELLS  # many cells share the starts that some of them like
+        few = len(self.row) <= _SAMPLE_CELLS  # many groups share the starts that some of them like
         most = max(256, (_STARTS if few else _STARTS // 4) // width**self.k)
         if len(pairs) > most:
             pairs = pairs[torch.linspace(0, len(pairs) - 1, most).round().long()]
         return shape[pairs[:, 0]].to(self.codes.device), scale[pairs[:, 1]].to(self.codes)
 
     def _rank(self, shape: Tensor, scale: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-        """The best `keep` starts of every cell; a sample of cells first weeds out most of the starts."""
-        cells = len(self.row)
-        sample = torch.linspace(0, cells - 1, min(cells, _SAMPLE_CELLS)).round().long().tolist()
+        """The best `keep` starts of every group; a sample of groups first weeds out most of the starts."""
+        groups = len(self.row)
+        sample = torch.linspace(0, groups - 1, min(groups, _SAMPLE_CELLS)).round().long().tolist()
         middle = sample[len(sample) // 2]
         cost = self.cost(shape, self._tight(shape, scale, slice(middle, middle + 1)), middle)
         kept = cost.topk(min(len(shape), _KEPT), largest=False).indices
@@ -164,14 +164,14 @@ class Search:
         relative = torch.stack([cost / cost.min() for cost in each], dim=1).clamp(max=10)
         good = relative.mean(dim=1).topk(min(12, len(shape)), largest=False).indices
         chosen = torch.unique(torch.cat([good, relative.argmin(dim=0)]))
-        everywhere = [(shape[one].expand(cells, -1), scale[one].expand(cells, -1)) for one in chosen.unsqueeze(1)]
+        everywhere = [(shape[one].expand(groups, -1), scale[one].expand(groups, -1)) for one in chosen.unsqueeze(1)]
         cost = torch.stack([self.cost(sh, self._tight(sh, sc)) for sh, sc in everywhere], dim=1)
         best = chosen[cost.topk(min(keep, len(chosen)), dim=1, largest=False).indices]
         scales = [self._tight(shape[one], scale[one]) for one in best.T]
         return shape[best], torch.stack(scales, dim=1)
 
     def _tight(self, shape: Tensor, scale: Tensor, rows: slice | None = None) -> Tensor:
-        """Scales in the ratios of `scale` that cover the cells and no more."""
+        """Scales in the ratios of `scale` that cover the groups and no more."""
         if self.cover:
             return self.fit(shape, scale * 1e-6, rows)
         both = torch.stack([(scale * self.above[shape]).sum(1), (scale * self.below[shape]).sum(1)])

@@ -48,8 +48,8 @@ def row_error(tensor: Tensor, rounded: Tensor, second_moment: Tensor | None = No
     return (torch.bmm(error, second_moment.to(error)) * error).sum(dim=2, dtype=torch.float64).flatten()
 
 
-def round_cells(cells: Tensor, grid: Grid) -> Tensor:
-    """Round 2-D `cells` as the grid rounds cells, from its scale and zero point: for search, not for truth."""
-    scale, zero_point = grid.qparams(cells)
-    qmin, qmax = grid.code_range
-    return ((torch.round(cells / scale) + zero_point).clamp(qmin, qmax) - zero_point) * scale
+def round_groups(groups: Tensor, grid: Grid) -> Tensor:
+    """Round 2-D `groups` as the grid rounds groups, from its scale and zero point: for search, not for truth."""
+    scale, zero_point = grid.qparams(groups)
+    qmin, qmax = grid.quant_min, grid.quant_max
+    return ((torch.round(groups / scale) + zero_point).clamp(qmin, qmax) - zero_point) * scale

@@ -1,4 +1,4 @@
-"""Work on a tensor cell by cell, in the cells of its grid."""
+"""Work on a tensor group by group, in the groups of its grid."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def required(grid: _Grid | None, plan: TensorPlan) -> _Grid:
     return grid
 
 
-def by_cells(tensor: Tensor, grid: Grid, split: Callable[[Tensor], Sequence[Tensor]]) -> list[Tensor]:
-    """Apply `split` (2-D cells to k tensors like them) to all cells; cells that are all zero stay zero."""
+def by_group(tensor: Tensor, grid: Grid, split: Callable[[Tensor], Sequence[Tensor]]) -> list[Tensor]:
+    """Apply `split` (2-D groups to k tensors like them) to all groups; groups that are all zero stay zero."""
     pieces: list[list[Tensor]] = []
-    for cells in grid.cells(tensor):
-        live = (cells != 0).any(dim=1)
-        if bool(live.all()) and len(cells):
-            pieces.append(list(split(cells)))
+    for groups in grid.groups(tensor):
+        live = (groups != 0).any(dim=1)
+        if bool(live.all()) and len(groups):
+            pieces.append(list(split(groups)))
             continue
         if not bool(live.any()):
-            pieces.append([cells.clone()])
+            pieces.append([groups.clone()])
             continue
         parts = []
-        for values in split(cells[live]):
-            part = torch.zeros_like(cells, dtype=values.dtype)
+        for values in split(groups[live]):
+            part = torch.zeros_like(groups, dtype=values.dtype)
             part[live] = values
             parts.append(part)
         pieces.append(parts)
     k = max(len(parts) for parts in pieces)
     for parts in pieces:
         parts.extend(torch.zeros_like(parts[0]) for _ in range(k - len(parts)))
-    return [grid.from_cells([parts[i] for parts in pieces], tensor.shape) for i in range(k)]
+    return [grid.from_groups([parts[i] for parts in pieces], tensor.shape) for i in range(k)]

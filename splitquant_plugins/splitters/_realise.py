@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _CHUNK = 1 << 20  # weights handled at once
-_CANDIDATES = 128  # weights per cell that may hold a pin
+_CANDIDATES = 128  # weights per group that may hold a pin
 
 
 @dataclass(frozen=True)
 class Levels:
-    """Every sum of one level per part, for some cells, ascending.
+    """Every sum of one level per part, for some groups, ascending.
 
-    `value`, `low`, `high` [cells, L]: the sum and the weights it can stand for; `digits` [L_sorted.., ] as
-    `order` [cells, L]: the index of the sum among all combinations, the last part's code running fastest.
-    `level`, `least`, `most` [cells, k, c]: each code's level and the values of the part that round to it.
+    `value`, `low`, `high` [groups, L]: the sum and the weights it can stand for; `digits` [L_sorted.., ] as
+    `order` [groups, L]: the index of the sum among all combinations, the last part's code running fastest.
+    `level`, `least`, `most` [groups, k, c]: each code's level and the values of the part that round to it.
     """
 
     value: Tensor
@@ -51,7 +51,7 @@ class Levels:
         return self.level.shape[2]
 
     def rows(self, index: slice) -> Levels:
-        """The levels of some cells."""
+        """The levels of some groups."""
         return Levels(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
 
@@ -76,13 +76,13 @@ def levels(found: Sequence[Shape], book: Codebook) -> Levels:
 
 
 def nearest(weights: Tensor, sums: Levels) -> Tensor:
-    """Index of the nearest sum of each weight, [cells, n]."""
+    """Index of the nearest sum of each weight, [groups, n]."""
     middle = ((sums.value[:, 1:] + sums.value[:, :-1]) / 2).to(weights.dtype)
     return torch.searchsorted(middle.contiguous(), weights.contiguous())
 
 
 def spread(weights: Tensor, choice: Tensor, sums: Levels) -> list[Tensor]:
-    """Values of the k parts, each [cells, n], that round to the sums `choice` and add up to the weights."""
+    """Values of the k parts, each [groups, n], that round to the sums `choice` and add up to the weights."""
     digit = sums.order.gather(1, choice)
     k, width = sums.level.shape[1:]
     parts: list[Tensor] = []
@@ -108,29 +108,29 @@ def _absorb(weights: Tensor, parts: list[Tensor], least: list[Tensor], most: lis
     return out
 
 
-def realise(cells: Tensor, found: Sequence[Shape], book: Codebook, choice: Tensor | None = None) -> list[Tensor]:
-    """Parts [cells, n] for 2-D `cells`, in float32 or wider; `choice` replaces the nearest sums."""
-    wide = torch.promote_types(cells.dtype, torch.float32)
+def realise(groups: Tensor, found: Sequence[Shape], book: Codebook, choice: Tensor | None = None) -> list[Tensor]:
+    """Parts [groups, n] for 2-D `groups`, in float32 or wider; `choice` replaces the nearest sums."""
+    wide = torch.promote_types(groups.dtype, torch.float32)
     k = book.scale.shape[1]
-    out = [torch.empty_like(cells, dtype=wide) for _ in range(k)]
-    n = cells.shape[1]
+    out = [torch.empty_like(groups, dtype=wide) for _ in range(k)]
+    n = groups.shape[1]
     rows = max(1, min(_CHUNK // n, (1 << 22) // (len(found[0].codes) ** k)))
     columns = min(n, _CHUNK)
-    for top in range(0, len(cells), rows):
+    for top in range(0, len(groups), rows):
         block = slice(top, top + rows)
         sums = levels(found, Codebook(book.shape[block], book.scale[block]))
         for left in range(0, n, columns):
             here = slice(left, left + columns)
-            weights = cells[block, here].to(wide)
+            weights = groups[block, here].to(wide)
             picked = nearest(weights, sums) if choice is None else choice[block, here]
             for part, values in zip(out, spread(weights, picked, sums), strict=True):
                 part[block, here] = values
-        _pin(cells[block].to(wide), [part[block] for part in out], found, book.shape[block], sums)
+        _pin(groups[block].to(wide), [part[block] for part in out], found, book.shape[block], sums)
     return out
 
 
 def _pin(weights: Tensor, parts: list[Tensor], found: Sequence[Shape], shape: Tensor, sums: Levels) -> None:
-    """Put the ends of every part's range into some weight of every cell, in place."""
+    """Put the ends of every part's range into some weight of every group, in place."""
     k = len(parts)
     index = _candidates(weights)
     sample = weights.gather(1, index).double()
@@ -141,7 +141,7 @@ def _pin(weights: Tensor, parts: list[Tensor], found: Sequence[Shape], shape: Te
     most_pins = max(len(s.pins) for s in found)
     nothing = (float("nan"), 0.0)
     pins = torch.tensor([(s.pins + (nothing,) * most_pins)[:most_pins] for s in found], dtype=torch.float64)
-    pins = pins.to(weights.device)[shape]  # [cells, k, pins, 2]
+    pins = pins.to(weights.device)[shape]  # [groups, k, pins, 2]
     rows = torch.arange(len(weights), device=weights.device)
     ones = torch.ones_like(sums.level[:, 1:, 0])
     scale = (sums.level[:, :, 1] - sums.level[:, :, 0]).abs()
@@ -185,12 +185,12 @@ def _pin(weights: Tensor, parts: list[Tensor], found: Sequence[Shape], shape: Te
 
 def _candidates(weights: Tensor) -> Tensor:
     """Indices of the weights that may hold a pin: all, or the extremes and an even sample of the others."""
-    cells, n = weights.shape
+    groups, n = weights.shape
     if n <= _CANDIDATES:
-        return torch.arange(n, device=weights.device).expand(cells, -1)
+        return torch.arange(n, device=weights.device).expand(groups, -1)
     quarter = _CANDIDATES // 4
     ends = [weights.topk(quarter, dim=1, largest=largest).indices for largest in (True, False)]
-    even = torch.linspace(0, n - 1, 2 * quarter, device=weights.device).long().expand(cells, -1)
+    even = torch.linspace(0, n - 1, 2 * quarter, device=weights.device).long().expand(groups, -1)
     index = torch.cat([*ends, even], dim=1).sort(dim=1).values
     # a weight that is listed twice could get two pins: send its copy to a fresh neighbour or drop it
     twice = torch.nn.functional.pad(index[:, 1:] == index[:, :-1], (1, 0))

@@ -45,7 +45,7 @@ def shapes(grid: Grid) -> list[Shape]:
 
     Half-way shapes give up a code at one end for a range that is half a step wider at the other.
     """
-    qmin, qmax = grid.code_range
+    qmin, qmax = grid.quant_min, grid.quant_max
     steps = qmax - qmin
     if grid.scheme == "symmetric":
         return [_shape(grid, -1.0, 1.0)]
@@ -61,7 +61,7 @@ def shapes(grid: Grid) -> list[Shape]:
 def _shape(grid: Grid, low: float, high: float) -> Shape:
     ends = torch.tensor([[low, high]], dtype=torch.float64)
     scale, zero_point = grid.qparams(ends)
-    qmin, qmax = grid.code_range
+    qmin, qmax = grid.quant_min, grid.quant_max
     levels = torch.arange(qmin, qmax + 1) - zero_point.double().cpu()
     low, high = (float(end / scale) for end in (low, high))
     inside = levels[(levels >= low - 1e-6) & (levels <= high + 1e-6)]

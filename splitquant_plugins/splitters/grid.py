@@ -13,7 +13,7 @@ from splitquant_plugins.splitters._codebook import Codebook, Search
 from splitquant_plugins.splitters._exact import complete
 from splitquant_plugins.splitters._feedback import choose
 from splitquant_plugins.splitters._measure import quantized_sum, row_error
-from splitquant_plugins.splitters._pieces import by_cells, required
+from splitquant_plugins.splitters._pieces import by_group, required
 from splitquant_plugins.splitters._realise import levels, nearest, realise
 from splitquant_plugins.splitters._shapes import Shape, shapes
 from splitquant_plugins.splitters._sketch import sketch, sketch_size
@@ -67,15 +67,15 @@ class GridSplitter(Splitter):
         if moment is not None:
             moment = moment.to(tensor.device)
 
-        def residual(cells: Tensor) -> list[Tensor]:
-            return residual_parts(cells, choose_ranges(cells, grid_, k)[0], grid_)
+        def residual(groups: Tensor) -> list[Tensor]:
+            return residual_parts(groups, choose_ranges(groups, grid_, k)[0], grid_)
 
-        def ranges(cells: Tensor) -> list[Tensor]:
-            return range_parts(cells, choose_cuts(cells, grid_, k)[0])
+        def ranges(groups: Tensor) -> list[Tensor]:
+            return range_parts(groups, choose_cuts(groups, grid_, k)[0])
 
         makers: list[Callable[[], list[Tensor]]] = [
-            lambda: complete(tensor, by_cells(tensor, grid_, residual)[:-1]),
-            lambda: by_cells(tensor, grid_, ranges),
+            lambda: complete(tensor, by_group(tensor, grid_, residual)[:-1]),
+            lambda: by_group(tensor, grid_, ranges),
             lambda: clusters(tensor, plan),
             lambda: [tensor],
         ]
@@ -104,13 +104,13 @@ def joint_parts(
 ) -> list[Tensor]:
     """The k parts, float32 or wider, that make the most of the sums of k codes."""
 
-    def book(cells: Tensor) -> Codebook:
-        peak = cells.abs().amax(dim=1, keepdim=True).double()
-        chosen = Search(found, k, sketch(cells, sketch_size(len(cells), _SKETCH))).best()
+    def book(groups: Tensor) -> Codebook:
+        peak = groups.abs().amax(dim=1, keepdim=True).double()
+        chosen = Search(found, k, sketch(groups, sketch_size(len(groups), _SKETCH))).best()
         return Codebook(chosen.shape, chosen.scale * peak)
 
     if moment is None:
-        return by_cells(tensor, grid, lambda cells: realise(cells, found, book(cells)))
+        return by_group(tensor, grid, lambda groups: realise(groups, found, book(groups)))
     return by_cells_with_moment(tensor, grid, found, book, moment)
 
 
@@ -121,30 +121,30 @@ def by_cells_with_moment(
     book: Callable[[Tensor], Codebook],
     moment: Tensor,
 ) -> list[Tensor]:
-    """As `by_cells`, but codes are chosen for whole output channels, across the cells of a channel."""
+    """As `by_group`, but codes are chosen for whole output channels, across the groups of a channel."""
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    pieces = [cells.to(wide) for cells in grid.cells(tensor)]
-    # an all-zero cell has no codebook; one that is tiny next to everything else stands in
+    pieces = [groups.to(wide) for groups in grid.groups(tensor)]
+    # an all-zero group has no codebook; one that is tiny next to everything else stands in
     tiny = torch.finfo(wide).tiny * 1e6
-    filled = [torch.where((cells != 0).any(dim=1, keepdim=True), cells, tiny) for cells in pieces]
-    books = [book(cells) for cells in filled]
+    filled = [torch.where((groups != 0).any(dim=1, keepdim=True), groups, tiny) for groups in pieces]
+    books = [book(groups) for groups in filled]
     tables = [levels(found, one) for one in books]
     sums = type(tables[0])(*(torch.cat([getattr(t, name) for t in tables]) for name in tables[0].__dataclass_fields__))
-    offset, cell, start = 0, [], []
-    for cells, one in zip(pieces, tables, strict=True):
-        index = torch.arange(len(cells), device=cells.device).unsqueeze(1) + offset
-        cell.append(index.expand_as(cells))
-        start.append(nearest(cells, one))
-        offset += len(cells)
+    offset, group, start = 0, [], []
+    for groups, one in zip(pieces, tables, strict=True):
+        index = torch.arange(len(groups), device=groups.device).unsqueeze(1) + offset
+        group.append(index.expand_as(groups))
+        start.append(nearest(groups, one))
+        offset += len(groups)
     rows = tensor.shape[0]
-    joined = [grid.from_cells(values, tensor.shape).reshape(rows, -1) for values in (pieces, cell, start)]
+    joined = [grid.from_groups(values, tensor.shape).reshape(rows, -1) for values in (pieces, group, start)]
     choice = choose(joined[0], joined[1], sums, moment, joined[2]).reshape(tensor.shape)
     parts = []
-    for cells, codebook, picked in zip(pieces, books, grid.cells(choice), strict=True):
-        values = realise(cells, found, codebook, picked)
-        live = (cells != 0).any(dim=1, keepdim=True)
+    for groups, codebook, picked in zip(pieces, books, grid.groups(choice), strict=True):
+        values = realise(groups, found, codebook, picked)
+        live = (groups != 0).any(dim=1, keepdim=True)
         parts.append([torch.where(live, part, 0.0) for part in values])
-    return [grid.from_cells([piece[i] for piece in parts], tensor.shape) for i in range(len(parts[0]))]
+    return [grid.from_groups([piece[i] for piece in parts], tensor.shape) for i in range(len(parts[0]))]
 
 
 def _best(

@@ -78,5 +78,5 @@ def _step(tensor: Tensor, grid: Grid | None) -> Tensor:
     """Width of a step of the grid at every weight; zero without a grid."""
     if grid is None:
         return torch.zeros_like(tensor)
-    steps = [grid.qparams(cells)[0].to(cells.dtype).expand_as(cells) for cells in grid.cells(tensor)]
-    return grid.from_cells(steps, tensor.shape)
+    steps = [grid.qparams(groups)[0].to(groups.dtype).expand_as(groups) for groups in grid.groups(tensor)]
+    return grid.from_groups(steps, tensor.shape)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from splitquant_plugins.splitters._pieces import by_cells, required
+from splitquant_plugins.splitters._pieces import by_group, required
 from splitquant_plugins.splitters._sketch import Sketch, sketch, sketch_size
 from splitquant_plugins.splitters.base import Splitter
 
@@ -31,41 +31,41 @@ class RangeSplitter(Splitter):
     def split(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> Sequence[Tensor]:
         """Return `plan.k` parts with disjoint supports that sum to `tensor` bit for bit.
 
-        Boundaries are chosen per cell of the grid, whatever `plan.granularity` says: what shares a scale is
+        Boundaries are chosen per group of the grid, whatever `plan.granularity` says: what shares a scale is
         what they have to suit.
         """
         if plan.k == 1:
             return [tensor]
         grid_ = required(grid, plan)
 
-        def split(cells: Tensor) -> Sequence[Tensor]:
-            return range_parts(cells, choose_cuts(cells, grid_, plan.k)[0])
+        def split(groups: Tensor) -> Sequence[Tensor]:
+            return range_parts(groups, choose_cuts(groups, grid_, plan.k)[0])
 
-        return by_cells(tensor, grid_, split)
+        return by_group(tensor, grid_, split)
 
 
-def choose_cuts(cells: Tensor, grid: Grid, k: int) -> tuple[Tensor, Tensor]:
-    """Ascending boundaries [cells, k - 1] of least rounding error for 2-D `cells`, and that error [cells].
+def choose_cuts(groups: Tensor, grid: Grid, k: int) -> tuple[Tensor, Tensor]:
+    """Ascending boundaries [groups, k - 1] of least rounding error for 2-D `groups`, and that error [groups].
 
     Dynamic programming over candidate boundaries, first coarse, then all boundaries near the coarse ones.
-    The error is an estimate on a sketch of some hundred values per cell.
+    The error is an estimate on a sketch of some hundred values per group.
     """
-    peak = cells.double().abs().amax(dim=1)
-    short = sketch(cells, sketch_size(len(cells), _SKETCH))
+    peak = groups.double().abs().amax(dim=1)
+    short = sketch(groups, sketch_size(len(groups), _SKETCH))
     step = max(1, _CHUNK // ((2 * _EDGES + 2) ** 2 * 2 ** min(grid.bits, _EXACT_BITS)))
     cuts, errors = [], []
-    for top in range(0, len(cells), step):
-        index = torch.arange(top, min(top + step, len(cells)), device=cells.device)
+    for top in range(0, len(groups), step):
+        index = torch.arange(top, min(top + step, len(groups)), device=groups.device)
         cut, error = _cuts(short.rows(index), grid, k)
         cuts.append(cut)
         errors.append(error)
     return torch.cat(cuts) * peak.unsqueeze(1), torch.cat(errors) * peak.square()
 
 
-def range_parts(cells: Tensor, cuts: Tensor) -> list[Tensor]:
-    """Parts of 2-D `cells` with the values up to cut 1, between cuts 1 and 2, ..., above the last."""
-    side = torch.searchsorted(cuts.contiguous(), cells.double().contiguous())
-    return [torch.where(side == part, cells, torch.zeros_like(cells)) for part in range(cuts.shape[1] + 1)]
+def range_parts(groups: Tensor, cuts: Tensor) -> list[Tensor]:
+    """Parts of 2-D `groups` with the values up to cut 1, between cuts 1 and 2, ..., above the last."""
+    side = torch.searchsorted(cuts.contiguous(), groups.double().contiguous())
+    return [torch.where(side == part, groups, torch.zeros_like(groups)) for part in range(cuts.shape[1] + 1)]
 
 
 def _cuts(short: Sketch, grid: Grid, k: int) -> tuple[Tensor, Tensor]:
@@ -105,19 +105,19 @@ def _program(edges: Tensor, short: Sketch, grid: Grid, k: int) -> tuple[Tensor, 
 
 
 def _interval_cost(edges: Tensor, short: Sketch, grid: Grid) -> Tensor:
-    """Error of rounding the values from rank edges[i] to rank edges[j] as one part, [cells, i, j]."""
-    cells, number = edges.shape
+    """Error of rounding the values from rank edges[i] to rank edges[j] as one part, [groups, i, j]."""
+    groups, number = edges.shape
     m = short.values.shape[1]
     i, j = torch.triu_indices(number, number, device=edges.device)
     first, last = edges[:, i], edges[:, j]
     low = short.values.gather(1, first.clamp(max=m - 1))
     high = short.values.gather(1, (last - 1).clamp(min=0))
     scale, zero_point = grid.qparams(torch.stack([low, high], dim=2).flatten(0, 1))
-    scale, zero_point = scale.reshape(cells, -1), zero_point.reshape(cells, -1).to(scale)
+    scale, zero_point = scale.reshape(groups, -1), zero_point.reshape(groups, -1).to(scale)
     if grid.bits > _EXACT_BITS:
         error = (short.count.gather(1, last) - short.count.gather(1, first)) * scale.square() / 12
     else:
-        qmin, qmax = grid.code_range
+        qmin, qmax = grid.quant_min, grid.quant_max
         codes = torch.arange(qmin, qmax + 1, device=edges.device) - zero_point.unsqueeze(2)
         levels = codes * scale.unsqueeze(2)
         middle = (levels[..., 1:] + levels[..., :-1]) / 2
@@ -130,6 +130,6 @@ def _interval_cost(edges: Tensor, short: Sketch, grid: Grid) -> Tensor:
         square = torch.nn.functional.pad((short.counts * short.values.square()).cumsum(dim=1), (1, 0))
         error = square.gather(1, last) - square.gather(1, first)
         error = error + (levels * (levels * count - 2 * total)).sum(dim=2)
-    out = torch.full((cells, number, number), torch.inf, dtype=error.dtype, device=edges.device)
+    out = torch.full((groups, number, number), torch.inf, dtype=error.dtype, device=edges.device)
     out[:, i, j] = torch.where(first == last, torch.zeros_like(error), error)
     return out

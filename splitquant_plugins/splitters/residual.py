@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from splitquant_plugins.splitters._exact import complete
-from splitquant_plugins.splitters._measure import round_cells
-from splitquant_plugins.splitters._pieces import by_cells, required
+from splitquant_plugins.splitters._measure import round_groups
+from splitquant_plugins.splitters._pieces import by_group, required
 from splitquant_plugins.splitters._sketch import sketch, sketch_size
 from splitquant_plugins.splitters.base import Splitter, SplitterOptions
 
@@ -51,17 +51,17 @@ class ResidualSplitter(Splitter):
         grid_, options = required(grid, plan), plan.options
         search = not isinstance(options, ResidualOptions) or options.search
 
-        def split(cells: Tensor) -> Sequence[Tensor]:
-            ranges = choose_ranges(cells, grid_, plan.k)[0] if search else full_ranges(cells, plan.k)
-            return residual_parts(cells, ranges, grid_)
+        def split(groups: Tensor) -> Sequence[Tensor]:
+            ranges = choose_ranges(groups, grid_, plan.k)[0] if search else full_ranges(groups, plan.k)
+            return residual_parts(groups, ranges, grid_)
 
-        targets = by_cells(tensor, grid_, split)[:-1]
+        targets = by_group(tensor, grid_, split)[:-1]
         return complete(tensor, targets)
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """Per cell: each stage's range as a fraction of what is left [cells, k - 1], and whether it is kept [cells].
+    """Per group: each stage's range as a fraction of what is left [groups, k - 1], and whether it is kept [groups].
 
     A stage that keeps its range holds no value outside it; otherwise its values are rounded to whole levels,
     which may lie a fraction of a step outside.
@@ -71,35 +71,35 @@ class Ranges:
     kept: Tensor
 
     def where(self, better: Tensor, other: Ranges) -> Ranges:
-        """`other` for the cells in the mask `better`."""
+        """`other` for the groups in the mask `better`."""
         return Ranges(
             torch.where(better.unsqueeze(1), other.fraction, self.fraction),
             torch.where(better, other.kept, self.kept),
         )
 
 
-def full_ranges(cells: Tensor, k: int) -> Ranges:
+def full_ranges(groups: Tensor, k: int) -> Ranges:
     """Every stage spans all that is left."""
-    fraction = torch.ones(len(cells), k - 1, dtype=torch.float64, device=cells.device)
-    return Ranges(fraction, torch.zeros(len(cells), dtype=torch.bool, device=cells.device))
+    fraction = torch.ones(len(groups), k - 1, dtype=torch.float64, device=groups.device)
+    return Ranges(fraction, torch.zeros(len(groups), dtype=torch.bool, device=groups.device))
 
 
-def choose_ranges(cells: Tensor, grid: Grid, k: int) -> tuple[Ranges, Tensor]:
-    """Ranges of the first k - 1 stages of least error after the last stage, and that error [cells].
+def choose_ranges(groups: Tensor, grid: Grid, k: int) -> tuple[Ranges, Tensor]:
+    """Ranges of the first k - 1 stages of least error after the last stage, and that error [groups].
 
     One stage's fraction is varied at a time, from a wide and from a narrow start. The error is an estimate on
-    a sketch of some hundred values per cell.
+    a sketch of some hundred values per group.
     """
-    short = sketch(cells, sketch_size(len(cells), _SKETCH))
+    short = sketch(groups, sketch_size(len(groups), _SKETCH))
     values, counts = short.values, short.counts
 
     def cost(ranges: Ranges) -> Tensor:
         total = torch.zeros_like(values)
         for part in residual_parts(values, ranges, grid):
-            total = total + round_cells(part, grid)
+            total = total + round_groups(part, grid)
         return (counts * (values - total).square()).sum(dim=1)
 
-    best = full_ranges(cells, k)
+    best = full_ranges(groups, k)
     least = cost(best)
     sweeps = [*range(k - 1)] * (2 if k > 2 else 1)
     for kept in (False,) if _idempotent(grid, values) else (False, True):
@@ -116,18 +116,18 @@ def choose_ranges(cells: Tensor, grid: Grid, k: int) -> tuple[Ranges, Tensor]:
                     now, error = now.where(better, new), torch.where(better, new_error, error)
             better = error < least
             best, least = best.where(better, now), torch.where(better, error, least)
-    return best, least * cells.double().abs().amax(dim=1).square()
+    return best, least * groups.double().abs().amax(dim=1).square()
 
 
 def _idempotent(grid: Grid, like: Tensor) -> bool:
     """Whether rounding a range whose ends are opposite, and rounding the result again, gives the same."""
-    once = round_cells(torch.linspace(-1, 1, 65, dtype=like.dtype, device=like.device).unsqueeze(0), grid)
-    return torch.allclose(once, round_cells(once, grid), rtol=1e-6, atol=1e-9)
+    once = round_groups(torch.linspace(-1, 1, 65, dtype=like.dtype, device=like.device).unsqueeze(0), grid)
+    return torch.allclose(once, round_groups(once, grid), rtol=1e-6, atol=1e-9)
 
 
-def residual_parts(cells: Tensor, ranges: Ranges, grid: Grid) -> list[Tensor]:
-    """Parts of 2-D `cells`, float32 or wider, that sum to the cells."""
-    left = cells.to(torch.promote_types(cells.dtype, torch.float32))
+def residual_parts(groups: Tensor, ranges: Ranges, grid: Grid) -> list[Tensor]:
+    """Parts of 2-D `groups`, float32 or wider, that sum to the groups."""
+    left = groups.to(torch.promote_types(groups.dtype, torch.float32))
     parts = []
     for stage in range(ranges.fraction.shape[1]):
         part = _stage(left, ranges.fraction[:, stage : stage + 1].to(left.dtype), ranges.kept, grid)
@@ -145,7 +145,7 @@ def _stage(left: Tensor, fraction: Tensor, kept: Tensor, grid: Grid) -> Tensor:
     """
     low, high = left.amin(dim=1, keepdim=True) * fraction, left.amax(dim=1, keepdim=True) * fraction
     clipped = torch.minimum(torch.maximum(left, low), high)
-    rounded = round_cells(clipped, grid)
+    rounded = round_groups(clipped, grid)
     if not bool(kept.any()):
         return rounded
     scale, _ = grid.qparams(clipped)

@@ -121,26 +121,26 @@ def test_three_int2_parts_beat_plain_int6(granularity: GridGranularity) -> None:
 def test_backend_derives_the_scales_that_were_chosen(grid: UniformGrid) -> None:
     weight = heavy(4, 72)
     found = shapes(grid)
-    for cells in grid.cells(weight):
-        peak = cells.abs().amax(dim=1, keepdim=True).double()
-        search = Search(found, 2, sketch(cells, 1024))
+    for groups in grid.groups(weight):
+        peak = groups.abs().amax(dim=1, keepdim=True).double()
+        search = Search(found, 2, sketch(groups, 1024))
         book = search.best()
         predicted = search.cost(book.shape, book.scale) * peak.squeeze(1).square()
         book = type(book)(book.shape, book.scale * peak)
-        parts = realise(cells, found, book)
+        parts = realise(groups, found, book)
         for part in range(2):
             scale, _ = grid.qparams(parts[part])
             torch.testing.assert_close(scale.double(), book.scale[:, part : part + 1], rtol=1e-5, atol=0)
         sums = levels(found, book)
-        wanted = sums.value.gather(1, nearest(cells, sums))
-        error = (cells - wanted).square().sum(dim=1)
+        wanted = sums.value.gather(1, nearest(groups, sums))
+        error = (groups - wanted).square().sum(dim=1)
         torch.testing.assert_close(error, predicted, rtol=1e-4, atol=1e-9)  # few enough values: sketch is exact
-        torch.testing.assert_close(sum(parts[1:], parts[0]), cells, rtol=0, atol=1e-6)
+        torch.testing.assert_close(sum(parts[1:], parts[0]), groups, rtol=0, atol=1e-6)
         # all but the few weights that hold the ends of a range are rounded to their nearest sum
-        rounded = torch.zeros_like(cells)
+        rounded = torch.zeros_like(groups)
         for part in parts:
             scale, zero_point = grid.qparams(part)
-            low, high = grid.code_range
+            low, high = grid.quant_min, grid.quant_max
             rounded += ((torch.round(part / scale) + zero_point).clamp(low, high) - zero_point) * scale
         moved = ((rounded - wanted).abs() > 1e-3 * book.scale.amin()).sum(dim=1)
         assert int(moved.max()) <= 6
@@ -279,23 +279,23 @@ class PowerOfTwoGrid:
     scheme: Scheme = "symmetric"
     granularity: GridGranularity = "channel"
     group_size = None
-    code_range = (-3, 3)
+    quant_min, quant_max = -3, 3
 
-    def cells(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def groups(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, -1),)
 
-    def from_cells(self, cells: Sequence[torch.Tensor], shape: torch.Size) -> torch.Tensor:
-        return cells[0].reshape(shape)
+    def from_groups(self, groups: Sequence[torch.Tensor], shape: torch.Size) -> torch.Tensor:
+        return groups[0].reshape(shape)
 
-    def qparams(self, cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        peak = cells.abs().amax(dim=1, keepdim=True)
+    def qparams(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        peak = groups.abs().amax(dim=1, keepdim=True)
         scale = torch.exp2(torch.ceil(torch.log2(torch.where(peak > 0, peak, 1.0) / 3)))
         return scale, torch.zeros_like(scale)
 
     def quantize_dequantize(self, tensor: torch.Tensor) -> torch.Tensor:
-        (cells,) = self.cells(tensor)
-        scale, _ = self.qparams(cells)
-        return ((cells / scale).round().clamp(-3, 3) * scale).reshape(tensor.shape)
+        (groups,) = self.groups(tensor)
+        scale, _ = self.qparams(groups)
+        return ((groups / scale).round().clamp(-3, 3) * scale).reshape(tensor.shape)
 
     def stored_bits(self, shape: torch.Size) -> int:
         return 3 * shape.numel() + 8 * shape[0]
@@ -321,10 +321,10 @@ def test_one_part_is_the_tensor() -> None:
 
 
 def test_price_is_the_error_of_the_nearest_level() -> None:
-    cells = heavy(3, 50)
-    short = sketch(cells, 64)
+    groups = heavy(3, 50)
+    short = sketch(groups, 64)
     lines = torch.linspace(-1, 1, 9, dtype=torch.float64).expand(3, -1).contiguous()
-    scaled = cells.double() / cells.abs().amax(dim=1, keepdim=True).double()
+    scaled = groups.double() / groups.abs().amax(dim=1, keepdim=True).double()
     expected = (scaled.unsqueeze(2) - lines.unsqueeze(1)).abs().amin(dim=2).square().sum(dim=1)
     torch.testing.assert_close(price(lines, short), expected)
 

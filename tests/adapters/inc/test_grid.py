@@ -76,19 +76,19 @@ def test_zero_comes_back_as_zero_and_cells_fit_together(bits: int, sym: bool, si
     grid, weight = ours(bits, sym, size), torch.randn(5, 18)
     weight[:, ::2] = 0
     assert isinstance(grid, Grid)
-    assert torch.equal(grid.from_cells(grid.cells(weight), weight.shape), weight)
+    assert torch.equal(grid.from_groups(grid.groups(weight), weight.shape), weight)
     assert not grid.quantize_dequantize(weight)[:, ::2].any()
-    for cells in grid.cells(weight):
-        codes, scale, zero_point = grid.quantize(cells)
-        low, high = grid.code_range
+    for groups in grid.groups(weight):
+        codes, scale, zero_point = grid.quantize(groups)
+        low, high = grid.quant_min, grid.quant_max
         assert low <= float(codes.min()) <= float(codes.max()) <= high
-        assert scale.shape == zero_point.shape == (cells.shape[0], 1)
+        assert scale.shape == zero_point.shape == (groups.shape[0], 1)
 
 
 def test_a_vector_is_one_cell() -> None:
     grid = IncRtnGrid(4)
     assert grid.quantize_dequantize(torch.linspace(-1, 1, 6)).shape == (6,)
-    assert [cells.shape for cells in grid.cells(torch.ones(6))] == [(1, 6)]
+    assert [groups.shape for groups in grid.groups(torch.ones(6))] == [(1, 6)]
 
 
 @pytest.mark.parametrize(

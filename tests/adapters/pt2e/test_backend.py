@@ -28,7 +28,8 @@ def test_defaults_and_what_is_not_supported():
     backend = Pt2eBackend()
     chosen = backend.resolve(WeightRequest("int2"))
     assert (chosen.granularity, chosen.scheme) == ("channel", "affine")
-    assert backend.grid(chosen).code_range == (-2, 1)
+    grid = backend.grid(chosen)
+    assert (grid.quant_min, grid.quant_max) == (-2, 1)
     with pytest.raises(ConfigError, match="no granularity 'group'"):
         backend.resolve(WeightRequest("int4", granularity="group", group_size=32))
 

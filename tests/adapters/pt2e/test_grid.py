@@ -101,19 +101,19 @@ def test_grid_properties(seed, options, bits, magnitude):
     weight[weight.abs() < 0.2 * 10**magnitude] = 0
     rounded = grid.quantize_dequantize(weight)
     assert (rounded[weight == 0] == 0).all()
-    (cells,) = grid.cells(weight)
-    scale, _ = grid.qparams(cells)
-    error = (grid.from_cells([cells], weight.shape) - rounded).abs()
+    (groups,) = grid.groups(weight)
+    scale, _ = grid.qparams(groups)
+    error = (grid.from_groups([groups], weight.shape) - rounded).abs()
     clipped = options["symmetric_scale"] == "full"  # PT2E's rule has no code for the largest positive values
     assert (error <= scale * (1.01 if clipped else 0.51)).all()
-    codes, _, _ = grid.quantize(cells)
-    assert codes.min() >= grid.code_range[0]
-    assert codes.max() <= grid.code_range[1]
+    codes, _, _ = grid.quantize(groups)
+    assert codes.min() >= grid.quant_min
+    assert codes.max() <= grid.quant_max
 
 
 def test_restricted_is_the_rule_of_npus():
     grid = LowBitWeightQuantizer("int2", scheme="symmetric").grid
-    assert grid.code_range == (-1, 1)
+    assert (grid.quant_min, grid.quant_max) == (-1, 1)
     assert grid.quantize_dequantize(torch.tensor([[-1.0, 0.4, 0.6, 1.0]])).tolist() == [[-1.0, 0.0, 1.0, 1.0]]
 
 

@@ -277,7 +277,8 @@ def test_splitter_gets_the_grid_of_the_recipe(pt2e_plugins, x86, quantize, nets,
     assert set(seen.values()) == {quantizer.grid}
     assert len(stored_weights(graph)["0"]) == 2
     quantize(nets.residual(), greedy + x86(), images)
-    assert (seen["body", "weight"].code_range, seen["body", "weight"].eps) == ((-128, 127), 2**-12)
+    weight = seen["body", "weight"]
+    assert (weight.quant_min, weight.quant_max, weight.eps) == (-128, 127, 2**-12)
 
     class Strange(GlobalQuantizer):
         def annotate(self, model):

@@ -87,13 +87,13 @@ def test_random_weights(bits, rows, columns, dtype, zeros, seed):
 def test_its_parameters_are_those_of_its_rounding(bits, shape, seed):
     grid = QuantoGrid(bits)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    low, high = grid.code_range
+    low, high = grid.quant_min, grid.quant_max
     rounded = []
-    for cells in grid.cells(weight):
-        scale, zero_point = grid.qparams(cells)
-        assert scale.shape == (len(cells), 1)
-        rounded.append(((torch.round(cells / scale) + zero_point).clamp(low, high) - zero_point) * scale)
-    ours, theirs = grid.from_cells(rounded, weight.shape), grid.quantize_dequantize(weight)
+    for groups in grid.groups(weight):
+        scale, zero_point = grid.qparams(groups)
+        assert scale.shape == (len(groups), 1)
+        rounded.append(((torch.round(groups / scale) + zero_point).clamp(low, high) - zero_point) * scale)
+    ours, theirs = grid.from_groups(rounded, weight.shape), grid.quantize_dequantize(weight)
     # Values on a boundary between two codes may fall to either side: quanto adds the shift before it divides.
     assert float((ours - theirs).abs().gt(1e-5).float().mean()) <= 0.05
 
