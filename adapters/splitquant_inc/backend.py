@@ -77,8 +77,9 @@ class IncBackend(Backend):
         from splitquant_inc.stored import stored_layers
         from splitquant_plugins.checkpoints.tensors import state_bytes
         from splitquant_plugins.evaluation.metrics import run_of
+        from splitquant_plugins.passes.module_tree import is_transformers_conv1d
 
-        transposed = {name for name, module in model.named_modules() if type(module).__name__ == "Conv1D"}
+        transposed = {name for name, module in model.named_modules() if is_transformers_conv1d(module)}
         recipe = _recipe(chosen, model)
         started = time.perf_counter()
         model = prepare(model, recipe if first is None else first + recipe)

@@ -22,7 +22,7 @@ from splitquant_plugins.checkpoints.files import write_json
 from splitquant_plugins.checkpoints.tensors import read_tensors, untied_state, write_tensors
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
 from splitquant_plugins.manifest import ATTRIBUTE, FILE_NAME, Manifest
-from splitquant_plugins.passes.module_tree import replace_module
+from splitquant_plugins.passes.module_tree import is_transformers_conv1d, replace_module
 from splitquant_plugins.passes.rebuild import apply_manifest
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _fit(model: nn.Module, name: str, layer: PackedInc | PackedHqq, folder: Path
             f"layer, {FILE_NAME} is missing"
         ) from None
     inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if type(module).__name__ == "Conv1D":
+    if is_transformers_conv1d(module):
         inputs, outputs = module.weight.shape
     if (inputs, outputs) != (layer.in_features, layer.out_features):
         raise SkeletonMismatchError(

@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from splitquant_plugins.passes.select import reason_to_ignore
 from splitquant_pt2e import compat
 from splitquant_pt2e.annotation import annotation_of, input_spec, references, resolved
 from splitquant_pt2e.layers import CONVOLUTIONS
@@ -62,7 +62,7 @@ def split_activations(model: GraphModule, config: SplitConfig, *, annotated: boo
         if node.op != "call_function" or node.target not in ELEMENTWISE:
             continue
         name = _name(node)
-        if not _chosen(name, config):
+        if reason_to_ignore([name], config) is not None:
             continue
         spec = _output_spec(node) if annotated else None
         dim = _feature_dim(node, config)
@@ -133,11 +133,6 @@ def _name(node: Node) -> str:
     if "activation" in kind.lower() and "MultiheadAttention" not in kind:
         return owner
     return f"{owner}.{node.name}".strip(".")
-
-
-def _chosen(name: str, config: SplitConfig) -> bool:
-    included = not config.include or any(fnmatchcase(name, pattern) for pattern in config.include)
-    return included and not any(fnmatchcase(name, pattern) for pattern in config.exclude)
 
 
 def _feature_dim(node: Node, config: SplitConfig) -> int | None:

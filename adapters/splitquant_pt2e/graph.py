@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,11 +16,16 @@ from torch.fx import GraphModule
 from splitquant_plugins.errors import AlreadyQuantizedError, AlreadySplitError, ConfigError, InputError
 from splitquant_plugins.manifest import ATTRIBUTE, LayerRecord, Manifest, set_manifest
 from splitquant_plugins.passes.checks import refuse_unfit_weights
-from splitquant_plugins.passes.select import Layer
+from splitquant_plugins.passes.record import ignored_record, layer_record, new_manifest
+from splitquant_plugins.passes.select import (
+    NOT_QUANTIZED,
+    Layer,
+    reason_to_ignore,
+    refuse_unmatched_patterns,
+    tied_reason,
+)
 from splitquant_plugins.passes.split_layer import SplitTensors
-from splitquant_plugins.passes.splitquant import kept_record
 from splitquant_plugins.plan import LayerPlan
-from splitquant_plugins.plugins import own_version
 from splitquant_pt2e.annotation import input_spec, redirect_all, resolved
 from splitquant_pt2e.grid import Pt2eGrid
 from splitquant_pt2e.layers import NAME, LayerCall, innermost_module, layer_calls, layer_name, layer_plan, tensor_of
@@ -72,9 +76,7 @@ def split_graph(
     refuse_unfit_graph(model)
     refuse_unfit_pass(split_pass)
     started = time.perf_counter()
-    manifest = Manifest(
-        version=own_version(), config=split_pass.config, splitter_options=split_pass.splitter_options.model_dump()
-    )
+    manifest = new_manifest(split_pass.config, split_pass.splitter_options.model_dump())
     layers = _layers(model, split_pass.config, annotated)
     chosen = [layer for layer in layers if layer.reason is None and layer.plan is not None]
     refuse_unfit_weights([Layer(tuple(layer.names), model, layer.plan) for layer in chosen if layer.plan])
@@ -157,15 +159,18 @@ def _layers(model: GraphModule, config: SplitConfig, annotated: bool) -> list[Gr
         first = layer.calls[0]
         layer.plan = layer_plan(model, first, config.granularity)
         weight = id(tensor_of(model, first.weight))
-        layer.reason = _left(layer.names, config)
+        layer.reason = reason_to_ignore(layer.names, config)
         if weight in embeddings and not config.untie_embeddings:
-            layer.reason = layer.reason or f"its weight is that of {embeddings[weight]}; untie_embeddings splits it"
+            layer.reason = layer.reason or tied_reason(embeddings[weight])
         if annotated and layer.reason is None and not _is_quantized(layer):
-            layer.reason = "the recipe does not quantize it"
+            layer.reason = NOT_QUANTIZED
         if layer.reason is None:
             layer.shared_with = firsts.get(weight)
             firsts.setdefault(weight, layer)
-    _refuse_idle_patterns(model, config, {name for layer in layers.values() for name in layer.names})
+    names = {name for layer in layers.values() for name in layer.names}
+    modules = {name for node in model.graph.nodes for name, _ in node.meta.get("nn_module_stack", {}).values()}
+    examples = ", ".join(sorted(names)[:3]) or "(none)"
+    refuse_unmatched_patterns(config, names | modules, f"layer of the graph, such as {examples}")
     return list(layers.values())
 
 
@@ -174,18 +179,6 @@ def _identity(model: GraphModule, call: LayerCall) -> object | None:
     if call.reason is not None or call.bias is None:
         return None
     return id(tensor_of(model, call.weight)), id(tensor_of(model, call.bias)), call.kind
-
-
-def _left(names: Sequence[str], config: SplitConfig) -> str | None:
-    if config.include and not _matches(names, config.include):
-        return "no include pattern matches it"
-    if _matches(names, config.exclude):
-        return "an exclude pattern matches it"
-    return None
-
-
-def _matches(names: Iterable[str], patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _is_quantized(layer: GraphLayer) -> bool:
@@ -197,17 +190,8 @@ def _embedding_weights(model: GraphModule) -> dict[int, str]:
     for node in model.graph.nodes:
         if node.target == aten.embedding.default and node.args[0].op == "get_attr":
             name = innermost_module(node)[0] or str(node.args[0].target)
-            found[id(tensor_of(model, node.args[0]))] = f"embedding {name}"
+            found[id(tensor_of(model, node.args[0]))] = name
     return found
-
-
-def _refuse_idle_patterns(model: GraphModule, config: SplitConfig, layers: set[str]) -> None:
-    modules = {name for node in model.graph.nodes for name, _ in node.meta.get("nn_module_stack", {}).values()}
-    for option in ("include", "exclude"):
-        for pattern in getattr(config, option):
-            if not _matches(layers | modules, [pattern]):
-                examples = ", ".join(sorted(layers)[:3]) or "(none)"
-                raise ConfigError(f"{option} pattern {pattern!r} matches no layer of the graph, such as {examples}")
 
 
 def _told_grid(layer: GraphLayer) -> Grid | None:
@@ -241,11 +225,9 @@ def _split_tensors(layers: Sequence[GraphLayer], split_pass: SplitQuantPass) -> 
 
 def _record(layer: GraphLayer, split_pass: SplitQuantPass) -> LayerRecord:
     if layer.tensors is None or layer.plan is None:
-        return kept_record(layer.names, layer.reason or "", layer.calls[0].kind)
-    record = split_pass.record(layer.names, layer.plan, layer.tensors)
-    if layer.shared_with is not None and record.action == "split":
-        record = record.model_copy(update={"shared_with": layer.shared_with.name})
-    return record
+        return ignored_record(layer.names, layer.reason or "", layer.calls[0].kind)
+    source = None if layer.shared_with is None else layer.shared_with.name
+    return layer_record(layer.names, layer.plan, layer.tensors, split_pass.config.splitter, shared_with=source)
 
 
 def _nothing_split(records: Sequence[LayerRecord]) -> str:

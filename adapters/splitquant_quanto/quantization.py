@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -16,6 +15,8 @@ from splitquant_plugins.backends import StoredWeight
 from splitquant_plugins.errors import ConfigError, InputError
 from splitquant_plugins.modules import part_owners
 from splitquant_plugins.passes.base import ModelPass
+from splitquant_plugins.passes.module_tree import is_transformers_conv1d
+from splitquant_plugins.passes.select import matches
 from splitquant_quanto.grid import QuantoGrid, refuse_tinygemm_rows
 
 if TYPE_CHECKING:
@@ -98,9 +99,8 @@ def stored_bytes(weight: Tensor) -> int:
 
 
 def _splittable(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or type(module).__name__ == "Conv1D"
+    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or is_transformers_conv1d(module)
 
 
 def _left(name: str, leave: Sequence[str]) -> bool:
-    owner = name.rpartition(".")[0]
-    return any(fnmatchcase(name, pattern) or fnmatchcase(owner, pattern) for pattern in leave)
+    return matches([name, name.rpartition(".")[0]], leave)

@@ -21,6 +21,7 @@ def splitquant_select_layer(name: str, module: nn.Module, config: SplitConfig) -
     """Select Linear and convolution layers; say why not for their parametrized or specialised kin."""
     from torch import nn
 
+    from splitquant_plugins.passes.module_tree import is_transformers_conv1d
     from splitquant_plugins.plan import LayerPlan, Skip
 
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -30,7 +31,7 @@ def splitquant_select_layer(name: str, module: nn.Module, config: SplitConfig) -
         return Skip("nn.MultiheadAttention keeps its weights as parameters of its own; split an exported graph")
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return Skip("nn.MultiheadAttention applies this weight itself; split an exported graph instead")
-    is_hugging_face = _is_hugging_face_conv1d(module)
+    is_hugging_face = is_transformers_conv1d(module)
     if not isinstance(module, (nn.Linear, *convolutions)) and not is_hugging_face:
         return None
     for role in ("weight", "bias"):
@@ -98,15 +99,12 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 def _plain_forward(module: nn.Module) -> object:
     from torch import nn
 
-    for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        if isinstance(module, kind):
+    from splitquant_plugins.passes.module_tree import transformers_conv1d
+
+    for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, transformers_conv1d()):
+        if kind is not None and isinstance(module, kind):
             return kind.forward
     return type(module).forward
-
-
-def _is_hugging_face_conv1d(module: nn.Module) -> bool:
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
 def _granularity(config: SplitConfig, automatic: Granularity) -> Granularity:

@@ -11,7 +11,6 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -37,7 +36,8 @@ from splitquant_plugins.passes.base import GridRule, ModelPass
 from splitquant_plugins.passes.calibration import Batches, SecondMoment, evaluating, iter_calls, iter_second_moments
 from splitquant_plugins.passes.checks import refuse_quantized_model, refuse_unfit_weights
 from splitquant_plugins.passes.module_tree import restored_on_error
-from splitquant_plugins.passes.select import Layer, select_layers
+from splitquant_plugins.passes.record import new_manifest
+from splitquant_plugins.passes.select import Layer, reason_to_ignore, select_layers
 from splitquant_plugins.passes.splitquant import CALIBRATED_KINDS
 from splitquant_plugins.plugins import Plugins, own_version
 from splitquant_plugins.progress import track
@@ -174,12 +174,12 @@ class DecoupleQPass(ModelPass):
         inside = tuple(f"{name}." if name else "" for name in splits)
         config = _UNSPLIT.model_copy(update={"include": self.config.include, "exclude": self.config.exclude})
         selection = select_layers(model, config, self.plugins, leave)
-        kept = {one.names[0]: one.reason for one in selection.kept if not one.names[0].startswith(inside)}
+        kept = {one.name: str(one.reason) for one in selection.ignored if not one.name.startswith(inside)}
         whole = [layer for layer in selection.split if not layer.name.startswith(inside)]
         refuse_unfit_weights(whole)
         found = {layer.name: ValueLayer.whole(layer) for layer in whole}
         for name, split in splits.items():
-            reason = _left_out(name, self.config, leave)
+            reason = reason_to_ignore([name], self.config, leave)
             if reason is None:
                 found[name] = ValueLayer.split(name, split)
             else:
@@ -504,23 +504,10 @@ def _refuse_unfit(model: object) -> None:
     refuse_quantized_model(model)
 
 
-def _left_out(name: str, config: DecoupleQConfig, leave: Sequence[str]) -> str | None:
-    """Why a split layer is not solved; None where it is."""
-
-    def matches(patterns: Sequence[str]) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-    if config.include and not matches(config.include):
-        return "no include pattern matches it"
-    if matches(config.exclude):
-        return "an exclude pattern matches it"
-    return "the recipe does not quantize it" if matches(leave) else None
-
-
 def _manifest_of_run(model: nn.Module, owner: DecoupleQPass, run: _Run, kept: Mapping[str, str]) -> Manifest:
     """Return the manifest of the split, or a new one, with what was solved."""
     before = getattr(model, ATTRIBUTE, None)
-    manifest = before if isinstance(before, Manifest) else Manifest(version=own_version(), config=_UNSPLIT)
+    manifest = before if isinstance(before, Manifest) else new_manifest(_UNSPLIT)
     records = {**run.records, **{name: ValuesRecord(action="kept", reason=reason) for name, reason in kept.items()}}
     layers = []
     for record in manifest.layers:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from splitquant_plugins.backends import Batch, QuantizedModel
+from splitquant_plugins.passes.module_tree import is_transformers_conv1d
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -127,5 +128,5 @@ def linear_weights(model: nn.Module) -> Mapping[str, Tensor]:
     return {
         name: module.weight.detach()
         for name, module in model.named_modules()
-        if isinstance(module, LAYERS) or type(module).__name__ == "Conv1D"
+        if isinstance(module, LAYERS) or is_transformers_conv1d(module)
     }

@@ -22,6 +22,7 @@ from splitquant_plugins.grid import Grid, UniformGrid
 from splitquant_plugins.manifest import manifest_of
 from splitquant_plugins.modules import part_owners
 from splitquant_plugins.passes.base import ModelPass
+from splitquant_plugins.passes.module_tree import is_transformers_conv1d
 
 EVERYTHING = Support(("channel", "tensor", "group"), ("affine", "symmetric"))
 
@@ -83,7 +84,7 @@ class SimulatedBackend(Backend):
 
 
 def _round(module: nn.Module, weight: Tensor, grid: Grid) -> Tensor:
-    if type(module).__name__ == "Conv1D":  # transformers keeps [in, out]
+    if is_transformers_conv1d(module):  # transformers keeps [in, out]
         return grid.quantize_dequantize(weight.t()).t()
     return grid.quantize_dequantize(weight)
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from splitquant_plugins.errors import ConfigError, InputError, SplitQuantError, first_line
+from splitquant_plugins.passes.module_tree import is_transformers_conv1d
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
@@ -265,14 +266,13 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 def moment_shape(name: str, layer: nn.Module) -> tuple[int, int, int]:
     """Groups, d, d of a layer's second moment; ConfigError for a layer of another kind, with its name."""
-    weight = getattr(layer, "weight", None)
     if isinstance(layer, _CONVOLUTIONS):
         return layer.groups, layer.weight[0].numel(), layer.weight[0].numel()
     if isinstance(layer, nn.Linear):
         return 1, layer.in_features, layer.in_features
-    # transformers' Conv1D is a Linear whose weight is stored as [in, out]; the core does not import it.
-    if type(layer).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2:
-        return 1, weight.shape[0], weight.shape[0]
+    if is_transformers_conv1d(layer):
+        inputs = cast("Tensor", layer.weight).shape[0]
+        return 1, inputs, inputs
     raise ConfigError(
         f"{name}: no second moment for {type(layer).__name__}; choose nn.Linear, nn.Conv1d/2d/3d or Conv1D"
     )

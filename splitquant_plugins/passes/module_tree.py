@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,11 +26,18 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, new)
 
 
-def ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """Yield the modules above a dotted name, nearest first."""
-    while name:
-        name, _, _ = name.rpartition(".")
-        yield model.get_submodule(name)
+def transformers_conv1d() -> type[nn.Module] | None:
+    """transformers' Conv1D, a Linear whose weight is stored [in, out]; None where transformers is not imported.
+
+    The core imports no transformers: where nobody else did, there is no such layer.
+    """
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
+def is_transformers_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, or of a class made from it."""
+    kind = transformers_conv1d()
+    return kind is not None and isinstance(module, kind)
 
 
 @contextmanager

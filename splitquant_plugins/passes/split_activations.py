@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from splitquant_plugins.modules import SplitActivation
 from splitquant_plugins.passes.module_tree import occurrences, replace_module
+from splitquant_plugins.passes.select import reason_to_ignore
 
 if TYPE_CHECKING:
     from splitquant_plugins.config import SplitConfig
@@ -59,7 +59,7 @@ def split_activations(model: nn.Module, config: SplitConfig) -> list[str]:
         reason = refusal(module)
         if reason:
             notes.append(f"activation {name} ({type(module).__name__}) is left whole: {reason}")
-        elif is_elementwise(module) and _chosen(name, config):
+        elif is_elementwise(module) and reason_to_ignore([name], config) is None:
             chosen = dim if config.activation_dim is None else config.activation_dim
             split = SplitActivation(module, config.k, chosen).train(module.training)
             for place in names:
@@ -88,8 +88,3 @@ def is_elementwise(module: nn.Module) -> bool:
 def refusal(module: nn.Module) -> str | None:
     """Why an activation cannot be cut into chunks."""
     return next((reason for kind, reason in REFUSED.items() if isinstance(module, kind)), None)
-
-
-def _chosen(name: str, config: SplitConfig) -> bool:
-    included = not config.include or any(fnmatchcase(name, pattern) for pattern in config.include)
-    return included and not any(fnmatchcase(name, pattern) for pattern in config.exclude)

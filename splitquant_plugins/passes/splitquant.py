@@ -16,16 +16,16 @@ from splitquant_plugins.checkpoints.transformers_models import forget_tied_embed
 from splitquant_plugins.config import SplitConfig, config_from, validated
 from splitquant_plugins.errors import ConfigError, InputError, SplitQuantWarning
 from splitquant_plugins.manifest import LayerRecord, Manifest, set_manifest
-from splitquant_plugins.modules import part_names
 from splitquant_plugins.passes.base import GridRule, ModelPass
 from splitquant_plugins.passes.budget import Candidate, allocate
 from splitquant_plugins.passes.calibration import Batches, collect_second_moments
 from splitquant_plugins.passes.checks import refuse_unfit_model, refuse_unfit_weights
 from splitquant_plugins.passes.module_tree import replace_module, restored_on_error
+from splitquant_plugins.passes.record import ignored_record, layer_record, new_manifest
 from splitquant_plugins.passes.select import Layer, select_layers
 from splitquant_plugins.passes.split_layer import CandidateMeasure, LayerSplitter, SplitTensors
 from splitquant_plugins.plan import LayerPlan, TensorPlan
-from splitquant_plugins.plugins import Plugins, own_version
+from splitquant_plugins.plugins import Plugins
 from splitquant_plugins.progress import track
 
 if TYPE_CHECKING:
@@ -115,16 +115,12 @@ class SplitQuantPass(ModelPass):
         selection = select_layers(model, self.config, self.plugins, leave)
         refuse_unfit_weights(selection.split)
         if not selection.split:
-            reasons = "; ".join(sorted({kept.reason for kept in selection.kept})) or "it has no layers"
+            reasons = "; ".join(sorted({str(layer.reason) for layer in selection.ignored})) or "it has no layers"
             message = f"SplitQuantPass splits no layer of this {type(model).__name__}: {reasons}"
             warnings.warn(message, SplitQuantWarning, stacklevel=3)
         with restored_on_error(model):
-            manifest = Manifest(
-                version=own_version(),
-                config=self.config,
-                splitter_options=self.splitter_options.model_dump(),
-                notes=self.plugins.prepare_model(model, self.config),
-            )
+            notes = self.plugins.prepare_model(model, self.config)
+            manifest = new_manifest(self.config, self.splitter_options.model_dump(), notes)
             result = self._rewrite(model, manifest, grid, leave)
         if self.config.untie_embeddings:
             forget_tied_embeddings(result)
@@ -139,14 +135,14 @@ class SplitQuantPass(ModelPass):
         """Put split modules in the places of the selected layers, and a record of every layer in the manifest."""
         selection = select_layers(model, self.config, self.plugins, leave)
         refuse_unfit_weights(selection.split)  # again: the preparation may have changed the weights
-        for kept in selection.kept:
-            self._record(manifest, kept_record(kept.names, kept.reason, type(kept.module).__name__))
+        for layer in selection.ignored:
+            self._record(manifest, ignored_record(layer.names, str(layer.reason), layer.kind))
         chosen = self._choose_parts(model, selection.split, grid)
         rest = []
         for layer in selection.split:
             if chosen.get(layer.name, self.config.k) == 1 and chosen:
                 reason = "within the budget, splitting other layers gains more, or splitting it gains nothing"
-                self._record(manifest, kept_record(layer.names, reason, layer.plan.kind))
+                self._record(manifest, ignored_record(layer.names, reason, layer.kind))
             else:
                 rest.append(layer)
         done: dict[object, tuple[Layer, SplitTensors]] = {}
@@ -222,9 +218,10 @@ class SplitQuantPass(ModelPass):
                 done[key] = (layer, _as_parameters(next(results), layer.plan))
             first, tensors = done[key]
             bias = tensors.bias if first is layer else _whole_bias(layer.plan, tensors)
-            record = self.record(layer.names, layer.plan, replace(tensors, bias=bias))
-            if first is not layer:
-                record = record.model_copy(update={"shared_with": first.name, "seconds": 0.0})
+            source = None if first is layer else first.name
+            record = layer_record(
+                layer.names, layer.plan, replace(tensors, bias=bias), self.config.splitter, shared_with=source
+            )
             yield layer, {"weight": list(tensors.weight), "bias": bias}, record
 
     def split_tensors(self, name: str, plan: LayerPlan, grid: Grid | GridRule | None = None) -> SplitTensors:
@@ -255,26 +252,6 @@ class SplitQuantPass(ModelPass):
         bias = None if plan.bias is None else plan.bias.detach()
         return plan.weight.detach(), bias, weight_plan, bias_plan, chosen
 
-    def record(self, names: Sequence[str], plan: LayerPlan, tensors: SplitTensors) -> LayerRecord:
-        """Return the manifest's record of a layer whose tensors were split."""
-        if tensors.reason is not None:
-            return kept_record(names, tensors.reason, plan.kind)
-        parts = part_names(len(tensors.weight))
-        return LayerRecord(
-            name=names[0],
-            kind=plan.kind,
-            action="split",
-            also_known_as=tuple(names[1:]),
-            shape=tuple(plan.weight.shape),
-            dtype=str(plan.weight.dtype).removeprefix("torch."),
-            granularity=plan.granularity,
-            splitter=self.config.splitter,
-            k=len(parts),
-            parts=parts,
-            bias_parts=tuple(n for n, part in zip(parts, tensors.bias, strict=True) if part is not None),
-            seconds=tensors.seconds,
-        )
-
 
 @dataclass(frozen=True)
 class _Jobs:
@@ -297,11 +274,6 @@ def _groups_within(layers: Sequence[Layer], limit: int) -> list[list[Layer]]:
         groups[-1].append(layer)
         taken += size
     return groups
-
-
-def kept_record(names: Sequence[str], reason: str, kind: str) -> LayerRecord:
-    """Return the manifest's record of a layer that stays whole."""
-    return LayerRecord(name=names[0], kind=kind, action="kept", reason=reason, also_known_as=tuple(names[1:]))
 
 
 def _identity(tensor: Tensor) -> object:

@@ -18,7 +18,7 @@ from splitquant_plugins.checkpoints.transformers_models import empty_model, load
 from splitquant_plugins.errors import AlreadyQuantizedError, ConfigError, InputError
 from splitquant_plugins.modules import part_names
 from splitquant_plugins.passes.module_tree import occurrences
-from splitquant_plugins.passes.select import KeptLayer, select_layers
+from splitquant_plugins.passes.select import Layer, select_layers
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.plan import LayerPlan
 
@@ -51,7 +51,7 @@ class Layout:
 
     model: nn.Module
     units: list[Unit]
-    kept: list[KeptLayer]
+    ignored: list[Layer]
     order: list[str]
     dtypes: dict[str, torch.dtype]
     same_as: dict[str, str] = field(default_factory=dict)
@@ -127,7 +127,9 @@ def make_layout(source: Source, first: SplitQuantPass, packer: Packer) -> Layout
     position = {name: number for number, name in enumerate(source.names)}
     units.sort(key=lambda unit: position[unit.sources.get("weight", unit.sources.get("", ""))])
     parameters.refuse_idle()
-    return Layout(model, units, selection.kept, [layer.name for layer in selection.split], parameters.dtypes, same_as)
+    return Layout(
+        model, units, selection.ignored, [layer.name for layer in selection.split], parameters.dtypes, same_as
+    )
 
 
 def _outputs(layer: str, specs: Mapping[str, TensorSpec], packer: Packer, k: int) -> tuple[tuple[str, TensorSpec], ...]:

@@ -23,7 +23,8 @@ from splitquant_plugins.checkpoints.source import INDEX_FILE, Source
 from splitquant_plugins.checkpoints.transformers_models import forget_tied_embeddings
 from splitquant_plugins.errors import ConfigError, InputError, SplitFailedError
 from splitquant_plugins.manifest import LayerRecord, Manifest
-from splitquant_plugins.passes.splitquant import SplitQuantPass, kept_record
+from splitquant_plugins.passes.record import ignored_record, layer_record, new_manifest
+from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.plugins import own_version
 from splitquant_plugins.progress import track
 from splitquant_plugins.streaming.layout import IN_MEMORY, Layout, Unit, make_layout
@@ -179,7 +180,7 @@ class _Run:
         if unit.plan is not None:
             plan = replace(unit.plan, weight=tensors["weight"], bias=tensors.get("bias"))
             split = self._first.split_tensors(name, plan, self._packer.grid)
-            done.layer = self._first.record(unit.names, plan, split)
+            done.layer = layer_record(unit.names, plan, split, self._first.config.splitter)
             parts = list(zip((f"{name}.{part}" for part in done.layer.parts), split.weight, split.bias, strict=True))
             split.weight.clear()
             del plan
@@ -210,15 +211,10 @@ class _Run:
     ) -> Streamed:
         folder = self._place.model
         by_name = {layer.name: layer for record in records for layer in record.layers}
-        kept = [kept_record(layer.names, layer.reason, type(layer.module).__name__) for layer in self._layout.kept]
-        layers = [*kept, *(by_name[name] for name in self._layout.order)]
-        manifest = Manifest(
-            version=own_version(),
-            config=self._first.config,
-            splitter_options=self._first.splitter_options.model_dump(),
-            layers=layers,
-            seconds=sum(layer.seconds for layer in layers),
-        )
+        ignored = [ignored_record(layer.names, str(layer.reason), layer.kind) for layer in self._layout.ignored]
+        layers = [*ignored, *(by_name[name] for name in self._layout.order)]
+        manifest = new_manifest(self._first.config, self._first.splitter_options.model_dump(), layers=layers)
+        manifest.seconds = sum(layer.seconds for layer in layers)
         if self._first.config.untie_embeddings:
             forget_tied_embeddings(self._layout.model)
         same_as = dict(self._layout.same_as)

@@ -183,16 +183,23 @@ def test_moments_of_a_grouped_convolution() -> None:
         torch.testing.assert_close(found.matrix, torch.stack([naive(r.detach()) for r in rows]), rtol=1e-6, atol=1e-6)
 
 
-def test_transformers_conv1d_is_recognised_by_its_name_and_shape() -> None:
+def test_a_layer_that_is_only_called_conv1d_has_no_second_moment() -> None:
     class Conv1D(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.randn(4, 3))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.weight
+    with pytest.raises(ConfigError, match="layer: no second moment for Conv1D"):
+        collect_second_moments(Conv1D(), [torch.randn(7, 4)], {"layer": Conv1D()})
 
-    layer = Conv1D()
+
+def test_transformers_conv1d_is_recognised_by_its_class() -> None:
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+
+    class Projection(pytorch_utils.Conv1D):  # type: ignore[misc, name-defined]
+        """A Conv1D of somebody's own."""
+
+    layer = Projection(3, 4)
     batch = torch.randn(7, 4)
     found = collect_second_moments(layer, [batch], {"layer": layer})["layer"]
     torch.testing.assert_close(found.matrix[0], naive(batch))

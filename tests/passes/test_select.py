@@ -143,6 +143,27 @@ class Renamed(nn.Linear):
     """A subclass without a forward of its own is a Linear."""
 
 
+def test_transformers_conv1d_is_known_by_its_class(assert_same_function):
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+
+    class Projection(pytorch_utils.Conv1D):
+        """A subclass without a forward of its own is a Conv1D."""
+
+    class ScaledConv1D(pytorch_utils.Conv1D):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Conv1D(nn.Linear):
+        """A Linear that is only called so."""
+
+    model = nn.Sequential(Projection(6, 4), Conv1D(6, 5), ScaledConv1D(3, 5))
+    reference = copy.deepcopy(model)
+    split = SplitQuantPass()(model)
+    assert [(record.name, record.kind) for record in manifest_of(split).split] == [("0", "conv1d_hf"), ("1", "linear")]
+    assert "ScaledConv1D has a forward of its own" in kept(split)["2"]
+    assert_same_function(split, reference, torch.randn(3, 4))
+
+
 def test_a_subclass_with_its_own_forward_is_left_whole(assert_same_function):
     model = nn.Sequential(Scaled(4, 4), Renamed(4, 4))
     reference = copy.deepcopy(model)

@@ -1,0 +1,63 @@
+"""What the manifest says: the records of layers, and a manifest to put them into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from splitquant_plugins.manifest import LayerRecord, Manifest
+from splitquant_plugins.modules import part_names
+from splitquant_plugins.plugins import own_version
+
+if TYPE_CHECKING:
+    from splitquant_plugins.config import SplitConfig
+    from splitquant_plugins.passes.split_layer import SplitTensors
+    from splitquant_plugins.plan import LayerPlan
+
+
+def new_manifest(
+    config: SplitConfig,
+    splitter_options: Mapping[str, Any] | None = None,
+    notes: Iterable[str] = (),
+    layers: Iterable[LayerRecord] = (),
+) -> Manifest:
+    """Return a manifest of this version of the package."""
+    return Manifest(
+        version=own_version(),
+        config=config,
+        splitter_options=dict(splitter_options or {}),
+        notes=list(notes),
+        layers=list(layers),
+    )
+
+
+def layer_record(
+    names: Sequence[str], plan: LayerPlan, tensors: SplitTensors, splitter: str, shared_with: str | None = None
+) -> LayerRecord:
+    """Return the record of a layer whose tensors were split, or were found to stay whole.
+
+    `shared_with` names the layer, tied to this one, whose parts it shares; the time is counted there.
+    """
+    if tensors.reason is not None:
+        return ignored_record(names, tensors.reason, plan.kind)
+    parts = part_names(len(tensors.weight))
+    return LayerRecord(
+        name=names[0],
+        kind=plan.kind,
+        action="split",
+        also_known_as=tuple(names[1:]),
+        shared_with=shared_with,
+        shape=tuple(plan.weight.shape),
+        dtype=str(plan.weight.dtype).removeprefix("torch."),
+        granularity=plan.granularity,
+        splitter=splitter,
+        k=len(parts),
+        parts=parts,
+        bias_parts=tuple(n for n, part in zip(parts, tensors.bias, strict=True) if part is not None),
+        seconds=0.0 if shared_with is not None else tensors.seconds,
+    )
+
+
+def ignored_record(names: Sequence[str], reason: str, kind: str) -> LayerRecord:
+    """Return the record of a layer that stays whole."""
+    return LayerRecord(name=names[0], kind=kind, action="kept", reason=reason, also_known_as=tuple(names[1:]))
