@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from splitquant_plugins.checkpoints import source as module
 from splitquant_plugins.checkpoints.source import INDEX_FILE, Source, is_sharded
 from splitquant_plugins.errors import InputError
-from splitquant_plugins.checkpoints import source as module
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
