@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from splitquant_plugins.checkpoints.headers import TensorSpec
-    from splitquant_plugins.grid import Grid, GridGranularity, Scheme
+    from splitquant_plugins.grid import Granularity, Grid, Scheme
     from splitquant_plugins.manifest import Manifest
     from splitquant_plugins.passes.base import ModelPass
 
@@ -35,7 +35,7 @@ class WeightRequest:
     """
 
     weights: str
-    granularity: GridGranularity | None = None
+    granularity: Granularity | None = None
     group_size: int | None = None
     scheme: Scheme | None = None
     method: str = ROUND_TO_NEAREST
@@ -47,7 +47,7 @@ class WeightFormat:
 
     weights: str
     bits: int
-    granularity: GridGranularity
+    granularity: Granularity
     group_size: int | None
     scheme: Scheme
     method: str = ROUND_TO_NEAREST
@@ -100,7 +100,7 @@ class QuantizedModel:
 class Support:
     """One group of a backend's table: what can be chosen at a weight width; the first entry is the default."""
 
-    granularities: tuple[GridGranularity, ...]
+    granularities: tuple[Granularity, ...]
     schemes: tuple[Scheme, ...]
     group_sizes: tuple[int, ...] | None = None
 

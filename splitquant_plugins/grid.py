@@ -4,8 +4,7 @@ The equations are (1) to (6) of SplitQuant (arXiv 2501.12428): with b bits, the 
 [beta, alpha] onto 2^b - 1 steps, Q(x) = clamp(round(S x) + Z), and x is recovered as (Q - Z) / S. Here
 `scale` is 1/S, the width of a step, as every framework stores it.
 
-A tensor is cut into *groups*, each with a scale and a zero point of its own: the whole tensor, one group per
-output channel (dimension 0), or runs of `group_size` values along the inputs of a channel.
+A tensor is cut into *groups*, each with a scale and a zero point of its own; see `Granularity`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Scheme = Literal["affine", "symmetric"]
-GridGranularity = Literal["tensor", "channel", "group"]
+Granularity = Literal["tensor", "channel", "group"]
+"""What shares a scale and a zero point: the whole tensor, an output channel, or a run of `group_size` inputs of one.
+
+Output channels are dimension 0, all other dimensions its inputs, so that `Grid.groups` cuts a weight as follows:
+
+| weight | tensor | channel | group, `group_size` 32 |
+|---|---|---|---|
+| Linear [64, 128] | [1, 8192] | [64, 128] | [256, 32] |
+| Linear [64, 100] | [1, 6400] | [64, 100] | [192, 32] and [64, 4], the last group of each channel |
+| Conv2d [16, 8, 3, 3] | [1, 1152] | [16, 72] | [32, 32] and [16, 8] |
+| bias [64] | [1, 64] | [1, 64] | [1, 64] |
+
+Where layers are clustered, the word says what is clustered at once: `tensor` or `channel`.
+"""
 SymmetricScale = Literal["restricted", "full"]
 
 
@@ -40,7 +52,7 @@ class Grid(Protocol):
         """`affine` (scale and integer zero point) or `symmetric` (scale only)."""
 
     @property
-    def granularity(self) -> GridGranularity:
+    def granularity(self) -> Granularity:
         """What shares a scale: the tensor, an output channel, or a group of inputs of a channel."""
 
     @property
@@ -82,7 +94,7 @@ class UniformGrid:
 
     bits: int
     scheme: Scheme = "affine"
-    granularity: GridGranularity = "channel"
+    granularity: Granularity = "channel"
     group_size: int | None = None
     symmetric_scale: SymmetricScale = "restricted"
     scale_bits: int = 32
@@ -114,7 +126,7 @@ class UniformGrid:
         if self.granularity == "tensor" or tensor.ndim < 2:
             return (tensor.reshape(1, -1),)
         rows = tensor.reshape(tensor.shape[0], -1)
-        if self.group_size is None:
+        if self.group_size is None or rows.shape[1] < self.group_size:
             return (rows,)
         whole = rows.shape[1] // self.group_size * self.group_size
         grouped = rows[:, :whole].reshape(-1, self.group_size)

@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from splitquant_plugins.grid import Granularity
     from splitquant_plugins.splitters.base import SplitterOptions
-
-Granularity = Literal["tensor", "channel"]
 
 
 @dataclass(frozen=True)
 class TensorPlan:
     """How one tensor is to be split.
 
-    `granularity` is that of the clustering: over all values, or once per index of dimension 0, which for
-    every layer type holds the output channels. `second_moment`, where calibration data were given, is the
-    mean of x xᵀ over the inputs x of the layer, shape [groups, d, d] with d = tensor[0].numel().
+    `granularity` is that of the clustering: `tensor` (over all values) or `channel` (once per index of dimension 0,
+    which for every layer type holds the output channels); never `group`. `second_moment`, where calibration data were
+    given, is the mean of x xᵀ over the inputs x of the layer, shape [groups, d, d] with d = tensor[0].numel().
     """
 
     layer: str

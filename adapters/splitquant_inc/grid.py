@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from splitquant_plugins.errors import ConfigError
-from splitquant_plugins.grid import GridGranularity, Scheme
+from splitquant_plugins.grid import Granularity, Scheme
 
 SCALE_BITS = 16
 WORD_BITS = 32
@@ -42,7 +42,7 @@ class IncRtnGrid:
             raise ConfigError(f"group_size={self.group_size}: a group has at least one value, None is a whole channel")
 
     @property
-    def granularity(self) -> GridGranularity:
+    def granularity(self) -> Granularity:
         """What shares a scale."""
         return "channel" if self.group_size is None else "group"
 

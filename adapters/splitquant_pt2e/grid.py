@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from splitquant_plugins.errors import ConfigError
-from splitquant_plugins.grid import GridGranularity, Scheme, UniformGrid
+from splitquant_plugins.grid import Granularity, Scheme, UniformGrid
 
 EPS = torch.finfo(torch.float32).tiny  # floors no scale but that of an all-zero group
 OBSERVERS = ("MinMaxObserver", "PerChannelMinMaxObserver")
 HOMES = ("torchao.quantization.pt2e.", "torch.ao.quantization.")
-SCHEMES: dict[torch.qscheme, tuple[Scheme, GridGranularity]] = {
+SCHEMES: dict[torch.qscheme, tuple[Scheme, Granularity]] = {
     torch.per_tensor_affine: ("affine", "tensor"),
     torch.per_tensor_symmetric: ("symmetric", "tensor"),
     torch.per_channel_affine: ("affine", "channel"),
@@ -36,7 +36,7 @@ class Pt2eGrid:
     lowest: int
     highest: int
     scheme: Scheme = "affine"
-    granularity: GridGranularity = "channel"
+    granularity: Granularity = "channel"
     eps: float = EPS
 
     def __post_init__(self) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from splitquant_plugins.plan import Granularity, LayerPlan
+from splitquant_plugins.grid import Granularity
+from splitquant_plugins.plan import LayerPlan
 
 aten = torch.ops.aten
 CONVOLUTIONS = {

@@ -10,7 +10,7 @@ from optimum.quanto import AbsmaxOptimizer, AffineOptimizer, MaxOptimizer, qint2
 from torch import Tensor
 
 from splitquant_plugins.errors import ConfigError
-from splitquant_plugins.grid import GridGranularity, Scheme, UniformGrid
+from splitquant_plugins.grid import Granularity, Scheme, UniformGrid
 from splitquant_quanto.optimizer import ZeroExactOptimizer
 
 QTYPES = {2: qint2, 4: qint4, 8: qint8}
@@ -58,7 +58,7 @@ class QuantoGrid:
         return "symmetric" if self.bits == 8 else "affine"
 
     @property
-    def granularity(self) -> GridGranularity:
+    def granularity(self) -> Granularity:
         """Per channel; quanto groups the rows of wide layers by itself."""
         return "channel"
 

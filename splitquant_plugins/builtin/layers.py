@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from splitquant_plugins.config import SplitConfig
+    from splitquant_plugins.grid import Granularity
     from splitquant_plugins.modules import SplitModule
-    from splitquant_plugins.plan import Granularity, LayerPlan, Skip
+    from splitquant_plugins.plan import LayerPlan, Skip
 
 
 @hookimpl(trylast=True)

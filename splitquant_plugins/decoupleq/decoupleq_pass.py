@@ -29,7 +29,7 @@ from splitquant_plugins.decoupleq.resume import Finished, fingerprint
 from splitquant_plugins.decoupleq.stages import BlockInputs, Stage, stages_of
 from splitquant_plugins.decoupleq.tuning import SolvedLayer, tuned_solutions
 from splitquant_plugins.errors import AlreadySplitError, ConfigError, InputError
-from splitquant_plugins.grid import Grid, GridGranularity, Scheme, UniformGrid
+from splitquant_plugins.grid import Granularity, Grid, Scheme, UniformGrid
 from splitquant_plugins.manifest import ATTRIBUTE, LayerRecord, Manifest, ValuesRecord, set_manifest
 from splitquant_plugins.modules import SplitModule, part_names, sum_parts
 from splitquant_plugins.passes.base import GridRule, ModelPass
@@ -52,7 +52,7 @@ class DecoupleQConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     bits: int | None = Field(None, ge=2, le=8, description="bits per code; None: the recipe's, or 2")
-    granularity: GridGranularity | None = Field(None, description="what shares a scale; None: the recipe's, or channel")
+    granularity: Granularity | None = Field(None, description="what shares a scale; None: the recipe's, or channel")
     group_size: int | None = Field(None, ge=1, description="inputs that share a scale; None: the recipe's")
     scheme: Scheme | None = Field(None, description="affine or symmetric; None: the recipe's, or affine")
     include: tuple[str, ...] = Field((), description="shell patterns of layer names; empty: all layers")

@@ -18,9 +18,9 @@ from splitquant_plugins.decoupleq.affine import fit_affine
 from splitquant_plugins.decoupleq.alternation import SolveOptions, State, alternate
 from splitquant_plugins.decoupleq.grids import Affine, ValueGrid, cell_ranges
 from splitquant_plugins.decoupleq.objective import Rows, problem_errors, problem_of
-from splitquant_plugins.decoupleq.rounding import TableLevels, descend, feedback_codes
 from splitquant_plugins.decoupleq.solve import QuantizedWeight
 from splitquant_plugins.errors import ConfigError, InputError
+from splitquant_plugins.solvers.gptq import TableLevels, descend, feedback_codes
 
 _MOST_SUMS = 4096
 _ALL = slice(None)

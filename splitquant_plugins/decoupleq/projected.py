@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from splitquant_plugins.decoupleq.rounding import AffineLevels
+from splitquant_plugins.solvers.gptq import AffineLevels
 
 _RUN = 16
 

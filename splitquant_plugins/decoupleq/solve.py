@@ -13,9 +13,9 @@ from splitquant_plugins.decoupleq.alternation import SolveOptions, State, altern
 from splitquant_plugins.decoupleq.grids import Affine, ValueGrid, min_max_affine
 from splitquant_plugins.decoupleq.objective import Rows, problem_errors, problem_of
 from splitquant_plugins.decoupleq.projected import projected_codes
-from splitquant_plugins.decoupleq.rounding import AffineLevels, descend, feedback_codes
 from splitquant_plugins.decoupleq.search import searched_codes
 from splitquant_plugins.errors import ConfigError, InputError
+from splitquant_plugins.solvers.gptq import AffineLevels, descend, feedback_codes
 
 _ALL = slice(None)
 

@@ -16,7 +16,7 @@ from splitquant_plugins.passes.budget import Candidate
 from splitquant_plugins.passes.checks import check_parts
 from splitquant_plugins.plan import TensorPlan
 from splitquant_plugins.plugins import Plugins
-from splitquant_plugins.splitters._measure import output_error
+from splitquant_plugins.solvers.rounding_error import output_error
 
 BUDGET_PARTS = (1, 2, 3, 4)
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from splitquant_plugins.modules import sum_parts
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -49,11 +51,3 @@ def complete(tensor: Tensor, targets: Sequence[Tensor]) -> list[Tensor]:
         running = running.index_put(index, (before + moved)[good])
         last = last.index_put(index, rest[good])
     return [*parts, last]
-
-
-def sum_parts(parts: Sequence[Tensor]) -> Tensor:
-    """Sum of the parts in order, in their own dtype."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total

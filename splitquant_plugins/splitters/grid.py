@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from splitquant_plugins.errors import CannotSplit
+from splitquant_plugins.solvers.rounding_error import quantized_sum, row_error
 from splitquant_plugins.splitters._codebook import Codebook, Search
 from splitquant_plugins.splitters._exact import complete
 from splitquant_plugins.splitters._feedback import choose
-from splitquant_plugins.splitters._measure import quantized_sum, row_error
 from splitquant_plugins.splitters._pieces import by_group, required
 from splitquant_plugins.splitters._realise import levels, nearest, realise
 from splitquant_plugins.splitters._shapes import Shape, shapes

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from splitquant_plugins.solvers.rounding_error import round_groups
 from splitquant_plugins.splitters._exact import complete
-from splitquant_plugins.splitters._measure import round_groups
 from splitquant_plugins.splitters._pieces import by_group, required
 from splitquant_plugins.splitters._sketch import sketch, sketch_size
 from splitquant_plugins.splitters.base import Splitter, SplitterOptions

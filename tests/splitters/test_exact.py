@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from splitquant_plugins.modules import sum_parts
 from splitquant_plugins.passes.checks import check_parts
-from splitquant_plugins.splitters._exact import complete, sum_parts
+from splitquant_plugins.splitters._exact import complete
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

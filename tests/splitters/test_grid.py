@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitquant_plugins.errors import InputError
-from splitquant_plugins.grid import Grid, GridGranularity, Scheme, UniformGrid
+from splitquant_plugins.grid import Granularity, Grid, Scheme, UniformGrid
+from splitquant_plugins.modules import sum_parts
 from splitquant_plugins.passes.checks import check_parts
 from splitquant_plugins.plan import TensorPlan
+from splitquant_plugins.solvers.rounding_error import output_error, quantized_sum, row_error, weight_error
 from splitquant_plugins.splitters import _codebook
 from splitquant_plugins.splitters._bound import additive_bound, free_bound
 from splitquant_plugins.splitters._codebook import Search
-from splitquant_plugins.splitters._exact import sum_parts
-from splitquant_plugins.splitters._measure import output_error, quantized_sum, row_error, weight_error
 from splitquant_plugins.splitters._realise import levels, nearest, realise
 from splitquant_plugins.splitters._shapes import shapes
 from splitquant_plugins.splitters._sketch import price, sketch
@@ -111,7 +111,7 @@ def test_two_parts_come_close_to_the_best_additive_code(grid: UniformGrid) -> No
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
-def test_three_int2_parts_beat_plain_int6(granularity: GridGranularity) -> None:
+def test_three_int2_parts_beat_plain_int6(granularity: Granularity) -> None:
     weight, grid = heavy(16, 144), UniformGrid(2, "affine", granularity)
     error = weight_error(weight, list(GridSplitter().split(weight, plan(3), grid)), grid)
     assert error < weight_error(weight, [weight], UniformGrid(6, "affine", granularity))
@@ -245,6 +245,13 @@ def test_second_moment_lowers_the_output_error(grid: UniformGrid, groups: int) -
     assert output_error(weight, aware, grid, moment) < most * output_error(weight, blind, grid, moment)
 
 
+def test_groups_wider_than_a_channel_with_a_second_moment() -> None:
+    weight, moment = heavy(8, 20), torch.eye(20).unsqueeze(0)
+    wide = GridSplitter().split(weight, plan(2, moment), UniformGrid(2, granularity="group", group_size=32))
+    same = GridSplitter().split(weight, plan(2, moment), CHANNEL)
+    assert all(torch.equal(one, other) for one, other in zip(wide, same, strict=True))
+
+
 def test_second_moment_can_be_ignored() -> None:
     weight, moment = heavy(8, 40), torch.eye(40).unsqueeze(0) * torch.arange(1.0, 41.0)
     blind = GridSplitter().split(weight, plan(2), CHANNEL)
@@ -277,7 +284,7 @@ class PowerOfTwoGrid:
 
     bits: int = 3
     scheme: Scheme = "symmetric"
-    granularity: GridGranularity = "channel"
+    granularity: Granularity = "channel"
     group_size = None
     quant_min, quant_max = -3, 3
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitquant_plugins.plan import Granularity, TensorPlan
+from splitquant_plugins.grid import Granularity
+from splitquant_plugins.plan import TensorPlan
 from splitquant_plugins.splitters.percentile import PercentileOptions, PercentileSplitter
 
 

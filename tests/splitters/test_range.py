@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.grid import UniformGrid
 from splitquant_plugins.plan import TensorPlan
-from splitquant_plugins.splitters._measure import weight_error
+from splitquant_plugins.solvers.rounding_error import weight_error
 from splitquant_plugins.splitters.base import SplitterOptions
 from splitquant_plugins.splitters.range import RangeSplitter, range_parts
 

@@ -1,7 +1,8 @@
-"""Codes for given levels: the integer half of the problem.
+"""Codes for given levels: GPTQ's error feedback and coordinate descent, over any levels.
 
 Everything here is laid out [d, rows], one line per input column, because columns are taken one at a time.
-`moment` is the prepared second moment H [d, d]; rows are independent of each other.
+`moment` is the second moment H [d, d] of the layer's inputs (GPTQ calls it the Hessian), positive definite; rows are
+independent of each other.
 """
 
 from __future__ import annotations
@@ -87,19 +88,21 @@ class TableLevels:
         return values
 
 
-def feedback_codes(target: Tensor, moment: Tensor, levels: Levels) -> Tensor:
+def feedback_codes(target: Tensor, moment: Tensor, levels: Levels, *, activation_order: bool = True) -> Tensor:
     """Round `target` column by column, each error being made up for by the columns still to come.
 
-    This is GPTQ (arXiv 2210.17323) in activation order, largest diagonal of H first. Instead of a Cholesky
-    factor of the inverse of H it uses H = U D Uᵀ with U unit upper triangular, which gives the same codes
-    without an inverse: e H eᵀ = sum_j D_j (e_j + sum_{i<j} e_i U_ij)², so that column j aims at making
-    e_j = -sum_{i<j} e_i U_ij.
+    This is GPTQ (arXiv 2210.17323), in activation order (largest diagonal of H first) or in that of the columns.
+    Instead of a Cholesky factor of the inverse of H it uses H = U D Uᵀ with U unit upper triangular, which gives
+    the same codes without an inverse: e H eᵀ = sum_j D_j (e_j + sum_{i<j} e_i U_ij)², so that column j aims at
+    making e_j = -sum_{i<j} e_i U_ij.
     """
-    order = torch.argsort(moment.diagonal(), descending=True, stable=True)
-    lower = _unit_upper_factor(moment[order][:, order]).T.contiguous()
+    order = torch.arange(len(moment), device=moment.device)
+    if activation_order:
+        order = torch.argsort(moment.diagonal(), descending=True, stable=True)
+    lower = _unit_upper_factor(moment[order][:, order].double()).T.to(target.dtype).contiguous()
     columns = order.tolist()
     codes = torch.empty_like(target)
-    # In activation order; the codes are not.
+    # In that order; the codes are not.
     error = torch.zeros_like(target)
     for start in range(0, len(columns), _BLOCK):
         stop = min(start + _BLOCK, len(columns))
@@ -119,12 +122,20 @@ def _unit_upper_factor(moment: Tensor) -> Tensor:
 
 
 def descend(
-    target: Tensor, moment: Tensor, codes: Tensor, levels: Levels, sweeps: int, frozen: Tensor | None = None
+    target: Tensor,
+    moment: Tensor,
+    codes: Tensor,
+    levels: Levels,
+    sweeps: int,
+    frozen: Tensor | None = None,
+    *,
+    every_column: bool = False,
 ) -> Tensor:
     """Coordinate descent: set each code in turn to the best one given all others; never worse.
 
-    Codes where the mask `frozen` [d, rows] is true stay. Ends early when a sweep changes nothing. Beyond the
-    paper: it repairs what one pass of rounding in a fixed order cannot see.
+    Codes where the mask `frozen` [d, rows] is true stay. Ends early when a sweep changes nothing. Columns that only a
+    change in their own block of columns makes worth changing wait for the next sweep, or with `every_column` do not.
+    Beyond the paper: it repairs what one pass of rounding in a fixed order cannot see.
     """
     everywhere = slice(None)
     codes = codes.clone()
@@ -135,12 +146,13 @@ def descend(
         for start in range(0, len(target), _BLOCK):
             block = slice(start, start + _BLOCK)
             gradient = moment[block] @ error
-            best = target[block] + error[block] - gradient / diagonal[block]
-            changes = levels.nearest(best, block) != codes[block]
-            if frozen is not None:
-                changes &= ~frozen[block]
-            candidates = changes.any(dim=1).nonzero().flatten().tolist()
-            # Columns that only a change in this block makes worth changing wait for the next sweep.
+            candidates = list(range(len(gradient)))
+            if not every_column:
+                best = target[block] + error[block] - gradient / diagonal[block]
+                changes = levels.nearest(best, block) != codes[block]
+                if frozen is not None:
+                    changes &= ~frozen[block]
+                candidates = changes.any(dim=1).nonzero().flatten().tolist()
             for inside in candidates:
                 column = start + inside
                 best_of_column = target[column] + error[column] - gradient[inside] / diagonal[column]

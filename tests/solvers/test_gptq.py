@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
-from splitquant_plugins.decoupleq.rounding import AffineLevels, TableLevels, descend, feedback_codes
+from splitquant_plugins.solvers.gptq import AffineLevels, TableLevels, descend, feedback_codes
 
 ROWS, WIDTH = 4, 90  # more columns than one block
 
@@ -19,9 +20,8 @@ def problem() -> tuple[Tensor, Tensor, AffineLevels]:
     return target, inputs.T @ inputs / 200, AffineLevels(scale, -1.5 * scale, (0, 3))
 
 
-def gptq(target: Tensor, moment: Tensor, levels: AffineLevels) -> Tensor:
+def gptq(target: Tensor, moment: Tensor, levels: AffineLevels, order: Tensor) -> Tensor:
     """As published, column by column with the Cholesky factor of the inverse of H."""
-    order = torch.argsort(moment.diagonal(), descending=True)
     factor = torch.linalg.cholesky(torch.linalg.inv(moment[order][:, order]), upper=True)
     left = target[order].clone()
     codes = torch.empty_like(target)
@@ -34,7 +34,10 @@ def gptq(target: Tensor, moment: Tensor, levels: AffineLevels) -> Tensor:
 
 def test_feedback_is_gptq() -> None:
     target, moment, levels = problem()
-    assert torch.equal(feedback_codes(target, moment, levels), gptq(target, moment, levels))
+    by_activation = torch.argsort(moment.diagonal(), descending=True)
+    assert torch.equal(feedback_codes(target, moment, levels), gptq(target, moment, levels, by_activation))
+    as_they_are = gptq(target, moment, levels, torch.arange(WIDTH))
+    assert torch.equal(feedback_codes(target, moment, levels, activation_order=False), as_they_are)
 
 
 def test_a_table_of_the_same_levels_gives_the_same_codes() -> None:
@@ -47,7 +50,8 @@ def test_a_table_of_the_same_levels_gives_the_same_codes() -> None:
         assert torch.equal(descend(target, moment, codes, table, 3), descend(target, moment, codes, levels, 3))
 
 
-def test_descent_ends_where_no_single_code_helps() -> None:
+@pytest.mark.parametrize("every_column", [False, True])
+def test_descent_ends_where_no_single_code_helps(every_column: bool) -> None:
     target, moment, levels = problem()
 
     def errors(codes: Tensor) -> Tensor:
@@ -55,7 +59,7 @@ def test_descent_ends_where_no_single_code_helps() -> None:
         return ((difference @ moment) * difference).sum(dim=1)
 
     start = levels.nearest(target, slice(None))
-    codes = descend(target, moment, start, levels, 100)
+    codes = descend(target, moment, start, levels, 100, every_column=every_column)
     assert (errors(codes) < errors(start)).all()
     for column in range(WIDTH):
         for code in range(4):

@@ -1,0 +1,1 @@
+"""Numerics that splitters and decoupleQ share: tensors in, tensors out."""
