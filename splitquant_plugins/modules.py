@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from splitquant_plugins.parts import sum_parts
+
 PartReplaced = Callable[["SplitModule", str, nn.Module], None]
 Fusion = Literal["materialised", "rebuilt"]
 
@@ -146,14 +148,6 @@ def _tell_installed_plugins(split: SplitModule, part: str, module: nn.Module) ->
 
     split.notify(Plugins.load().part_replaced)
     split.__dict__["_part_replaced"](split, part, module)
-
-
-def sum_parts(parts: Sequence[Tensor]) -> Tensor:
-    """Sum tensors of one shape in order, in their own dtype."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
 
 
 def dense_weight(module: nn.Module) -> Tensor:

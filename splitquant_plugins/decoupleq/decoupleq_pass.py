@@ -31,7 +31,8 @@ from splitquant_plugins.decoupleq.tuning import SolvedLayer, tuned_solutions
 from splitquant_plugins.errors import AlreadySplitError, ConfigError, InputError
 from splitquant_plugins.grid import Granularity, Grid, Scheme, UniformGrid
 from splitquant_plugins.manifest import ATTRIBUTE, LayerRecord, Manifest, ValuesRecord, set_manifest
-from splitquant_plugins.modules import SplitModule, part_names, sum_parts
+from splitquant_plugins.modules import SplitModule, part_names
+from splitquant_plugins.parts import sum_parts
 from splitquant_plugins.passes.base import GridRule, ModelPass
 from splitquant_plugins.passes.calibration import Batches, SecondMoment, evaluating, iter_calls, iter_second_moments
 from splitquant_plugins.passes.checks import refuse_quantized_model, refuse_unfit_weights

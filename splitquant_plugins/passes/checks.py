@@ -15,8 +15,9 @@ from splitquant_plugins.errors import (
     SplitFailedError,
 )
 from splitquant_plugins.manifest import ATTRIBUTE
-from splitquant_plugins.modules import SplitActivation, SplitModule, is_tensor_subclass, sum_parts
+from splitquant_plugins.modules import SplitActivation, SplitModule, is_tensor_subclass
 from splitquant_plugins.parallel import chunks, in_threads, spans
+from splitquant_plugins.parts import sum_parts
 
 if TYPE_CHECKING:
     from splitquant_plugins.passes.select import Layer

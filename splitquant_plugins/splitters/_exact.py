@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from splitquant_plugins.modules import sum_parts
+from splitquant_plugins.parts import sum_parts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

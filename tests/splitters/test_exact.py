@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from splitquant_plugins.modules import sum_parts
+from splitquant_plugins.parts import sum_parts
 from splitquant_plugins.passes.checks import check_parts
 from splitquant_plugins.splitters._exact import complete
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.grid import Granularity, Grid, Scheme, UniformGrid
-from splitquant_plugins.modules import sum_parts
+from splitquant_plugins.parts import sum_parts
 from splitquant_plugins.passes.checks import check_parts
 from splitquant_plugins.plan import TensorPlan
 from splitquant_plugins.solvers.rounding_error import output_error, quantized_sum, row_error, weight_error

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from splitquant_plugins.grid import UniformGrid
-from splitquant_plugins.modules import sum_parts
+from splitquant_plugins.parts import sum_parts
 from splitquant_plugins.plan import TensorPlan
 from splitquant_plugins.splitters.ocs import OcsOptions, OcsSplitter, share_counts
 

@@ -7,7 +7,7 @@ import torch
 
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.grid import UniformGrid
-from splitquant_plugins.modules import sum_parts
+from splitquant_plugins.parts import sum_parts
 from splitquant_plugins.plan import TensorPlan
 from splitquant_plugins.solvers.rounding_error import weight_error
 from splitquant_plugins.splitters.residual import ResidualOptions, ResidualSplitter
