@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from splitquant_plugins.passes.merge_parts import fuse, unfuse
     from splitquant_plugins.passes.rebuild import apply_manifest
     from splitquant_plugins.passes.splitquant import SplitQuantPass
-    from splitquant_plugins.plan import LayerPlan, Skip, TensorPlan
-    from splitquant_plugins.splitters.base import Splitter, SplitterOptions
+    from splitquant_plugins.plan import LayerPlan, Skip, SplitterOptions, TensorPlan
+    from splitquant_plugins.splitters.base import Splitter
 
 _HOME = {
     "DecoupleQPass": "decoupleq.decoupleq_pass",
@@ -36,7 +36,7 @@ _HOME = {
     "SplitQuantError": "errors",
     "SplitQuantPass": "passes.splitquant",
     "Splitter": "splitters.base",
-    "SplitterOptions": "splitters.base",
+    "SplitterOptions": "plan",
     "TensorPlan": "plan",
     "UniformGrid": "grid",
     "apply_manifest": "passes.rebuild",

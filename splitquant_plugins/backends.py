@@ -118,8 +118,8 @@ class Packer(ABC):
         """Names of the layers of an unsplit model, on the meta device, whose weight this backend quantizes."""
 
     @abstractmethod
-    def left(self, model: nn.Module) -> Sequence[str]:
-        """Patterns of names of layers that are not to be split, because this backend leaves them float."""
+    def ignored(self, model: nn.Module) -> Sequence[str]:
+        """Patterns of names of layers that are not to be split, because this backend keeps them float."""
 
     @abstractmethod
     def spec(self, shape: torch.Size, dtype: torch.dtype, *, part: bool) -> dict[str, TensorSpec]:

@@ -8,27 +8,40 @@ ask the plugin that was registered last first; the built-in implementations come
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
 
+    from splitquant_plugins.backends import Backend
     from splitquant_plugins.config import SplitConfig
     from splitquant_plugins.grid import Grid
     from splitquant_plugins.manifest import LayerRecord, Manifest
     from splitquant_plugins.modules import SplitModule
     from splitquant_plugins.passes.base import ModelPass
     from splitquant_plugins.plan import LayerPlan, Skip, TensorPlan
-    from splitquant_plugins.plugins import RegisterBackend, RegisterSplitter
+    from splitquant_plugins.splitters.base import Splitter
 
 PROJECT = "splitquant"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class RegisterSplitter(Protocol):
+    """The callback of `splitquant_register_splitters`."""
+
+    def __call__(self, name: str, factory: str | Callable[[], Splitter], summary: str) -> None: ...
+
+
+class RegisterBackend(Protocol):
+    """The callback of `splitquant_register_backends`."""
+
+    def __call__(self, name: str, factory: str | Callable[[], Backend], summary: str) -> None: ...
 
 
 @hookspec

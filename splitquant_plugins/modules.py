@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pkgutil import resolve_name
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -27,10 +28,10 @@ def part_names(k: int) -> tuple[str, ...]:
     return ("lower", *middle, "upper")
 
 
-def part_owners(model: nn.Module) -> dict[str, str]:
+def layer_of_part(model: nn.Module) -> dict[str, str]:
     """Return the name of the split layer that each part belongs to, by the part's name."""
     return {
-        f"{name}.{part}": name
+        f"{name}.{part}" if name else part: name
         for name, module in model.named_modules()
         if isinstance(module, SplitModule)
         for part in module.part_names
@@ -78,11 +79,9 @@ class SplitModule(nn.Module):
                 self.__dict__["_part_replaced"](self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Plugins are code, and are not pickled: where the model is loaded, the installed ones are asked.
-        told = None if self._part_replaced is None else _tell_installed_plugins
         # What fusing materialised is rebuilt, and never saved.
         buffers = {**self._buffers, "fused_weight": None, "fused_bias": None}
-        return {**self.__dict__, "_part_replaced": told, "_buffers": buffers}
+        return {**self.__dict__, "_buffers": buffers}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SplitModule:
         twin = self.__class__.__new__(self.__class__)
@@ -144,9 +143,8 @@ class SplitModule(nn.Module):
 
 
 def _tell_installed_plugins(split: SplitModule, part: str, module: nn.Module) -> None:
-    from splitquant_plugins.plugins import Plugins
-
-    split.notify(Plugins.load().part_replaced)
+    """Stand in for the plugins in pickles that were made before plugins themselves could be pickled."""
+    split.notify(resolve_name("splitquant_plugins.plugins:Plugins").load().part_replaced)
     split.__dict__["_part_replaced"](split, part, module)
 
 

@@ -1,15 +1,22 @@
-"""What the stages of the pass hand to each other: the plan of a layer and of each of its tensors."""
+"""What the steps of a pass hand to each other: the plan of a layer and of each of its tensors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import BaseModel, ConfigDict
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from splitquant_plugins.grid import Granularity
-    from splitquant_plugins.splitters.base import SplitterOptions
+
+
+class SplitterOptions(BaseModel):
+    """Options of a splitter; a splitter that takes any subclasses this."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -41,18 +41,6 @@ BUILTIN_PLUGINS = (
 )
 BLOCK_VARIABLE = "SPLITQUANT_BLOCK_PLUGINS"
 STRICT_VARIABLE = "SPLITQUANT_STRICT"
-
-
-class RegisterSplitter(Protocol):
-    """The callback of `splitquant_register_splitters`."""
-
-    def __call__(self, name: str, factory: str | Callable[[], Splitter], summary: str) -> None: ...
-
-
-class RegisterBackend(Protocol):
-    """The callback of `splitquant_register_backends`."""
-
-    def __call__(self, name: str, factory: str | Callable[[], Backend], summary: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -102,6 +90,10 @@ class Plugins:
     def __deepcopy__(self, memo: dict[int, Any]) -> Plugins:
         """Copies of a recipe share the plugins, which are code."""
         return self
+
+    def __reduce__(self) -> tuple[Callable[[], Plugins], tuple[()]]:
+        """Plugins are code, and are not pickled: where a model or a task is loaded, the installed ones are."""
+        return Plugins.load, ()
 
     @classmethod
     def load(cls, environment: Mapping[str, str] | None = None) -> Plugins:

@@ -125,8 +125,35 @@ def test_replacing_a_part_of_a_loaded_model_is_told_to_the_installed_plugins(spl
             told.append(part)
 
     plugins.add(Listener(), "listener")
-    monkeypatch.setattr(Plugins, "load", lambda: plugins)
+
+    def load(cls):
+        return plugins
+
+    monkeypatch.setattr(Plugins, "load", classmethod(load))
     twin = pickle.loads(pickle.dumps(split))
+    twin.lower, twin.upper = nn.Linear(5, 4), nn.Linear(5, 4)
+    assert told == ["lower", "upper"]
+
+
+def test_a_pickle_from_before_plugins_were_pickled_finds_the_installed_ones(split, plugins, monkeypatch):
+    from splitquant_plugins import hookimpl, modules
+    from splitquant_plugins.plugins import Plugins
+
+    told = []
+
+    class Listener:
+        @hookimpl
+        def splitquant_part_replaced(self, split, part, module):
+            told.append(part)
+
+    split.notify(modules._tell_installed_plugins)  # what such a pickle names
+    twin = pickle.loads(pickle.dumps(split))
+    plugins.add(Listener(), "listener")
+
+    def load(cls):
+        return plugins
+
+    monkeypatch.setattr(Plugins, "load", classmethod(load))
     twin.lower, twin.upper = nn.Linear(5, 4), nn.Linear(5, 4)
     assert told == ["lower", "upper"]
 

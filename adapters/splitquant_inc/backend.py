@@ -74,7 +74,7 @@ class IncBackend(Backend):
         from neural_compressor.torch.quantization import convert, prepare
 
         from splitquant_inc.storage import state_of
-        from splitquant_inc.stored import stored_layers
+        from splitquant_inc.stored_layers import stored_layers
         from splitquant_plugins.checkpoints.tensors import state_bytes
         from splitquant_plugins.evaluation.metrics import run_of
         from splitquant_plugins.passes.module_tree import is_transformers_conv1d

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from splitquant_plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from splitquant_plugins.hookspecs import RegisterBackend
     from splitquant_plugins.passes.base import ModelPass
-    from splitquant_plugins.plugins import RegisterBackend
 
 
 @hookimpl
@@ -22,6 +22,6 @@ def splitquant_attach(split_pass: ModelPass, recipe: Any) -> Any | None:
     """Attach a pass to a configuration of neural_compressor."""
     if not any(kind.__module__.startswith("neural_compressor.") for kind in type(recipe).__mro__):
         return None
-    from splitquant_inc.recipe import attach
+    from splitquant_inc.attach import attach
 
     return attach(split_pass, recipe)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from splitquant_inc.packing import PackedHqq, PackedInc, Storage, empty_module, packed_layer
-from splitquant_inc.stored import quantized_layers
+from splitquant_inc.stored_layers import quantized_layers
 from splitquant_plugins.checkpoints.files import write_json
 from splitquant_plugins.checkpoints.tensors import read_tensors, untied_state, write_tensors
 from splitquant_plugins.errors import InputError, SkeletonMismatchError

@@ -82,10 +82,10 @@ class WeightOnlyRecipe(PassFirst):
         refuse_clipping(chosen)
         refuse_reload(self, chosen, model)
         refuse_bfloat16(chosen, model)
-        leave = [glob.escape(name) for name, _ in model.named_modules() if name and name not in chosen]
+        ignore = [glob.escape(name) for name, _ in model.named_modules() if name and name not in chosen]
         grids = {name: grid_of(config) for name, config in chosen.items()}
         rule = grids.get if any(grids.values()) else None
-        self.first.apply(model, grid=rule, leave=leave)
+        self.first.apply(model, grid=rule, ignore=ignore)
         own_weights(model, self._kinds())
         if type(self).plain.__name__ == "HQQConfig":
             keep_zeros_exact(model, self.first.plugins)

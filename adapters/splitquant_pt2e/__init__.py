@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from splitquant_pt2e.part_outputs import integer_parts
     from splitquant_pt2e.quantizer import LowBitWeightQuantizer
     from splitquant_pt2e.storage import load, save
-    from splitquant_pt2e.weights import stored_weights
+    from splitquant_pt2e.stored_layers import stored_weights
 
 _HOME = {
     "LowBitWeightQuantizer": "quantizer",
@@ -20,7 +20,7 @@ _HOME = {
     "load": "storage",
     "save": "storage",
     "split_graph": "graph",
-    "stored_weights": "weights",
+    "stored_weights": "stored_layers",
 }
 
 __all__ = [

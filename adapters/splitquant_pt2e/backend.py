@@ -16,7 +16,7 @@ from splitquant_plugins.checkpoints.tensors import state_bytes
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.grid import Grid
 from splitquant_plugins.manifest import ATTRIBUTE, Manifest, manifest_of
-from splitquant_plugins.modules import part_owners
+from splitquant_plugins.modules import layer_of_part
 from splitquant_plugins.passes.base import ModelPass
 
 _SUPPORT = Support(("channel", "tensor"), ("affine", "symmetric"))
@@ -48,7 +48,7 @@ class Pt2eBackend(Backend):
         """
         from splitquant_pt2e.compat import convert_pt2e, prepare_pt2e
         from splitquant_pt2e.layers import NAME, stamp_names
-        from splitquant_pt2e.weights import stored_weights
+        from splitquant_pt2e.stored_layers import stored_weights
 
         example = next(iter(batches), None)
         if example is None:
@@ -58,7 +58,7 @@ class Pt2eBackend(Backend):
         before = first if first is not None and first.needs_modules else None
         if before is not None:  # a pass that needs modules runs before the export
             model, first = before.apply(model.eval(), grid=self.grid(chosen)), None
-        owners = part_owners(model)
+        owners = layer_of_part(model)
         graph = export(model.eval(), example)
         stamp_names(graph)
         for node in graph.graph.nodes:  # parts of layers that were split before go by the layer's name

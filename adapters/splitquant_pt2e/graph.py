@@ -29,7 +29,7 @@ from splitquant_plugins.plan import LayerPlan
 from splitquant_pt2e.annotation import input_spec, redirect_all, resolved
 from splitquant_pt2e.grid import Pt2eGrid
 from splitquant_pt2e.layers import NAME, LayerCall, innermost_module, layer_calls, layer_name, layer_plan, tensor_of
-from splitquant_pt2e.surgery import Moves, PartStore, replace_call
+from splitquant_pt2e.parallel_parts import Moves, PartStore, replace_call
 
 if TYPE_CHECKING:
     from splitquant_plugins.config import SplitConfig
@@ -68,7 +68,7 @@ def split_graph(
     `model` is `torch.export.export(...).module()`; the outputs agree within rounding. A module that is called
     several times, and layers whose weights are tied, are split once and share the parts. With `annotated`, the
     graph carries the annotations of a PT2E quantizer: layers whose weight it does not quantize stay whole, the
-    parts take over the layers' annotations, and `grid` is told from them.
+    parts take over the layers' annotations, and `grid` is inferred from them.
 
     Raises InputError for what is no exported graph or holds no layer that can be split, AlreadySplitError,
     AlreadyQuantizedError, and ConfigError for patterns that match nothing or a splitter without its grid.
@@ -81,7 +81,7 @@ def split_graph(
     chosen = [layer for layer in layers if layer.reason is None and layer.plan is not None]
     refuse_unfit_weights([Layer(tuple(layer.names), model, layer.plan) for layer in chosen if layer.plan])
     for layer in chosen:
-        layer.grid = _told_grid(layer) if annotated else grid(layer.name) if callable(grid) else grid
+        layer.grid = _inferred_grid(layer) if annotated else grid(layer.name) if callable(grid) else grid
         if layer.grid is None and split_pass._splitter.needs_grid:
             raise ConfigError(_no_grid(layer, split_pass, annotated))
     _split_tensors(chosen, split_pass)
@@ -194,7 +194,7 @@ def _embedding_weights(model: GraphModule) -> dict[int, str]:
     return found
 
 
-def _told_grid(layer: GraphLayer) -> Grid | None:
+def _inferred_grid(layer: GraphLayer) -> Grid | None:
     call = layer.calls[0]
     return Pt2eGrid.of_spec(resolved(input_spec(call.node, call.weight)), call.axis)
 
@@ -203,7 +203,7 @@ def _no_grid(layer: GraphLayer, split_pass: SplitQuantPass, annotated: bool) -> 
     needs = f"splitter {split_pass.config.splitter!r} needs the grid that the parts will be rounded to"
     if annotated:
         return (
-            f"{needs}, and it cannot be told from how the quantizer observes {layer.name}.weight; use a splitter "
+            f"{needs}, and it cannot be inferred from how the quantizer observes {layer.name}.weight; use a splitter "
             "that needs no grid, or a quantizer with min-max observers for int8 weights"
         )
     return f"{needs}: pass a grid to split_graph, or attach the pass to a quantizer"

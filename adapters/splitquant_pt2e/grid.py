@@ -110,7 +110,7 @@ class Pt2eGrid:
 
     @classmethod
     def of_spec(cls, spec: Any, axis: int) -> Pt2eGrid | None:
-        """Return the grid of a weight's QuantizationSpec, or None where it cannot be told exactly.
+        """Return the grid of a weight's QuantizationSpec, or None where it cannot be inferred exactly.
 
         It can for int8 codes and the plain min-max observers. `axis` is the dimension that holds the output
         channels.

@@ -11,8 +11,8 @@ from splitquant_plugins.errors import ConfigError
 from splitquant_pt2e.annotation import annotation_of, input_spec, resolved
 from splitquant_pt2e.compat import ANNOTATION
 from splitquant_pt2e.mixing import with_mixin
+from splitquant_pt2e.parallel_parts import PART
 from splitquant_pt2e.recipe import SplittingQuantizer
-from splitquant_pt2e.surgery import PART
 
 
 def integer_parts(quantizer: Any) -> Any:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from splitquant_plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from splitquant_plugins.hookspecs import RegisterBackend
     from splitquant_plugins.passes.base import ModelPass
-    from splitquant_plugins.plugins import RegisterBackend
 
 HOMES = ("torchao.quantization.pt2e.", "torch.ao.quantization.quantizer.")
 
@@ -24,6 +24,6 @@ def splitquant_attach(split_pass: ModelPass, recipe: Any) -> Any | None:
     """Attach a pass to a PT2E Quantizer, of torchao or of anyone."""
     if not any(kind.__name__ == "Quantizer" and kind.__module__.startswith(HOMES) for kind in type(recipe).__mro__):
         return None
-    from splitquant_pt2e.recipe import attach
+    from splitquant_pt2e.attach import attach
 
     return attach(split_pass, recipe)

@@ -12,13 +12,10 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from splitquant_plugins.errors import ConfigError
-from splitquant_plugins.passes.base import ModelPass
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_pt2e.annotation import annotation_of
 from splitquant_pt2e.compat import ANNOTATION, fold_batchnorms
 from splitquant_pt2e.graph import refuse_unfit_graph, refuse_unfit_pass, split_graph
-from splitquant_pt2e.mixing import with_mixin
 
 
 class SplittingQuantizer:
@@ -61,20 +58,3 @@ def split_ahead(model: GraphModule, split_pass: SplitQuantPass, quantizer: Any) 
         if node.op == "get_attr" or annotation_of(node) is not None:
             node.meta.pop("source_fn_stack", None)
             node.meta.pop("torch_fn", None)
-
-
-def attach(split_pass: ModelPass, quantizer: Any) -> Any:
-    """Return a quantizer of the same kind, with its settings, that splits; the given one stays as it is.
-
-    Raises ConfigError for a pass that does not work on graphs, and for a second split.
-    """
-    if not isinstance(split_pass, SplitQuantPass):
-        raise ConfigError(
-            f"{type(split_pass).__name__} does not work on exported graphs, only SplitQuantPass does: apply it to the "
-            "model before torch.export.export"
-        )
-    if isinstance(quantizer, SplittingQuantizer):
-        raise ConfigError("this quantizer has a pass attached already; a model is split once")
-    attached = with_mixin(quantizer, SplittingQuantizer, "Split")
-    attached.splitquant_pass = split_pass
-    return attached

@@ -19,7 +19,7 @@ from splitquant_plugins.errors import InputError, SkeletonMismatchError
 from splitquant_plugins.manifest import ATTRIBUTE, FILE_NAME, Manifest, set_manifest
 from splitquant_pt2e.graph_json import graph_from_json, graph_to_json
 from splitquant_pt2e.layers import tensor_of
-from splitquant_pt2e.weights import stored_weights
+from splitquant_pt2e.stored_layers import stored_weights
 
 GRAPH_FILE = "graph.json"
 WEIGHTS_FILE = "model.safetensors"

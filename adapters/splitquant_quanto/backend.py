@@ -69,7 +69,8 @@ class QuantoBackend(Backend):
         batches: Iterable[Batch] = (),
     ) -> QuantizedModel:
         """Quantize and freeze in place; no example inputs are needed."""
-        from splitquant_quanto.quantization import quantize_after, stored_layers
+        from splitquant_quanto.quantization import quantize_after
+        from splitquant_quanto.stored_layers import stored_layers
 
         started = time.perf_counter()
         model = quantize_after(first, model, chosen.weights, method=chosen.method)

@@ -9,9 +9,9 @@ from splitquant_plugins.hookspecs import hookimpl
 if TYPE_CHECKING:
     from torch import nn
 
+    from splitquant_plugins.hookspecs import RegisterBackend
     from splitquant_plugins.modules import SplitModule
     from splitquant_plugins.passes.base import ModelPass
-    from splitquant_plugins.plugins import RegisterBackend
 
 
 @hookimpl
@@ -29,7 +29,7 @@ def splitquant_attach(split_pass: ModelPass, recipe: Any) -> Any | None:
     from splitquant_quanto.backend import QuantoBackend
 
     QuantoBackend().require()
-    from splitquant_quanto.recipe import attach
+    from splitquant_quanto.attach import attach
 
     return attach(split_pass, recipe)
 

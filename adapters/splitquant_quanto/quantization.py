@@ -1,4 +1,4 @@
-"""Quantizing a model with quanto behind a pass, and reading what it stores."""
+"""Quantizing a model with quanto behind a pass."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from optimum.quanto import HqqOptimizer, QTensor, freeze, quantize
-from optimum.quanto.nn import QModuleMixin
 from torch import nn
 
-from splitquant_plugins.backends import StoredWeight
 from splitquant_plugins.errors import ConfigError, InputError
-from splitquant_plugins.modules import part_owners
 from splitquant_plugins.passes.base import ModelPass
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d
 from splitquant_plugins.passes.select import matches
@@ -39,24 +36,24 @@ def quantize_after(
     model: nn.Module,
     weights: str,
     *,
-    leave: Sequence[str] = (),
+    ignore: Sequence[str] = (),
     kinds: tuple[type[nn.Module], ...] = LAYERS,
     method: str = "rtn",
 ) -> nn.Module:
     """Run the pass `first`, then quantize and freeze the layers of those kinds; return the model.
 
-    `leave` are patterns of layer names that stay float. `method`, rtn or hqq, chooses scales and shifts. Raises
+    `ignore` are patterns of layer names that stay float. `method`, rtn or hqq, chooses scales and shifts. Raises
     InputError where no layer is quantized.
     """
     bits = int(weights.removeprefix("int"))
     for name, module in model.named_modules():  # parts have the shape of their layer
-        if isinstance(module, kinds) and not _left(name, leave):
+        if isinstance(module, kinds) and not _ignored(name, ignore):
             _refuse_what_quanto_cannot_hold(name, module, bits)
     if first is not None:
         refuse_activations(first)
-        unsupported = [n for n, m in model.named_modules() if _splittable(m) and not isinstance(m, kinds)]
-        model = first.apply(model, grid=QuantoGrid(bits), leave=[*leave, *map(glob.escape, unsupported)])
-    names = [name for name, module in model.named_modules() if isinstance(module, kinds) and not _left(name, leave)]
+        unsupported = [n for n, m in model.named_modules() if splittable(m) and not isinstance(m, kinds)]
+        model = first.apply(model, grid=QuantoGrid(bits), ignore=[*ignore, *map(glob.escape, unsupported)])
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds) and not _ignored(name, ignore)]
     if not names:
         raise InputError(f"quanto finds no layer to quantize in {type(model).__name__}")
     quantize(model, weights=f"q{weights}", include=names, optimizer=HqqOptimizer() if method == "hqq" else None)
@@ -76,31 +73,10 @@ def _refuse_what_quanto_cannot_hold(name: str, module: nn.Module, bits: int) -> 
         raise ConfigError(f"{name or 'the model'}: {error}") from None
 
 
-def stored_layers(model: nn.Module) -> dict[str, list[StoredWeight]]:
-    """Return what every quantized layer stores, by the name it had when it was float, a list of its parts."""
-    layers: dict[str, list[StoredWeight]] = {}
-    owners = part_owners(model)
-    for name, module in model.named_modules():
-        if isinstance(module, QModuleMixin) and isinstance(module.weight, QTensor):
-            weight = module.weight.dequantize()
-            layers.setdefault(owners.get(name, name), []).append(StoredWeight(weight, 8 * stored_bytes(module.weight)))
-    return layers
-
-
-def stored_bytes(weight: Tensor) -> int:
-    """Bytes of a quanto weight: packed codes, scales and shifts."""
-    names, _ = cast(QTensor, weight).__tensor_flatten__()
-    total = 0
-    for name in names:
-        inner = getattr(weight, name)
-        packed = getattr(inner, "_data", inner)
-        total += packed.numel() * packed.element_size()
-    return total
-
-
-def _splittable(module: nn.Module) -> bool:
+def splittable(module: nn.Module) -> bool:
+    """Whether a module is of a kind that the pass splits, whatever quanto does with it."""
     return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or is_transformers_conv1d(module)
 
 
-def _left(name: str, leave: Sequence[str]) -> bool:
-    return matches([name, name.rpartition(".")[0]], leave)
+def _ignored(name: str, ignore: Sequence[str]) -> bool:
+    return matches([name, name.rpartition(".")[0]], ignore)

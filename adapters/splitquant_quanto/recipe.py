@@ -12,20 +12,13 @@ from typing import Any
 
 from torch import nn
 from transformers import QuantoConfig
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
 from transformers.quantizers.quantizer_quanto import QuantoHfQuantizer
 from transformers.utils import logging
 
-from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.passes.base import ModelPass
-from splitquant_quanto.quantization import quantize_after, refuse_activations
+from splitquant_quanto.quantization import quantize_after
 
 METHOD = "splitquant_quanto"
-WEIGHTS = ("int2", "int4", "int8")
 
 
 class SplitQuantoConfig(QuantoConfig):
@@ -50,9 +43,9 @@ class SplitQuantoHfQuantizer(QuantoHfQuantizer):
         )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        leave = left_by(model, self.modules_to_not_convert or [])
+        ignore = ignored_by(model, self.modules_to_not_convert or [])
         config = self.quantization_config
-        return quantize_after(config.first, model, config.weights, leave=leave, kinds=(nn.Linear,))
+        return quantize_after(config.first, model, config.weights, ignore=ignore, kinds=(nn.Linear,))
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """No: everything is quantized after loading."""
@@ -67,22 +60,7 @@ class SplitQuantoHfQuantizer(QuantoHfQuantizer):
         return False
 
 
-def attach(first: ModelPass, recipe: QuantoConfig) -> SplitQuantoConfig:
-    """Return a recipe with the arguments of `recipe` that runs the pass before it quantizes."""
-    if isinstance(recipe, SplitQuantoConfig):
-        raise ConfigError("this QuantoConfig has a pass attached already; a model is split once")
-    refuse_activations(first)
-    if recipe.activations is not None:
-        raise ConfigError(f"QuantoConfig(activations={recipe.activations!r}): the quanto adapter is for weights only")
-    if recipe.weights not in WEIGHTS:
-        raise ConfigError(f"QuantoConfig(weights={recipe.weights!r}): a split is for {', '.join(WEIGHTS)}")
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(SplitQuantoConfig)
-        register_quantizer(METHOD)(SplitQuantoHfQuantizer)
-    return SplitQuantoConfig(recipe.weights, first, modules_to_not_convert=recipe.modules_to_not_convert)
-
-
-def left_by(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+def ignored_by(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Names of modules that transformers' `modules_to_not_convert` excludes, by its own rules.
 
     A pattern matches from the start up to a dot, as text or as a regular expression, or as the end of a name.

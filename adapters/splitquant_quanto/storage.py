@@ -124,9 +124,9 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         problem = " ".join(str(error).split()) or "a tensor is of the wrong kind"
         raise SkeletonMismatchError(f"{folder}: the tensors do not fit the model: {problem}") from None
     quantized = {name: module for name, module in model.named_modules() if name in qmap}
-    idle = [name for name, module in quantized.items() if not (isinstance(module, QModuleMixin) and module.frozen)]
-    if idle:
-        raise SkeletonMismatchError(f"{folder}: {len(idle)} quantized layers were not found, {idle[0]} among them")
+    missed = [name for name, module in quantized.items() if not (isinstance(module, QModuleMixin) and module.frozen)]
+    if missed:
+        raise SkeletonMismatchError(f"{folder}: {len(missed)} quantized layers were not found, {missed[0]} among them")
     if isinstance(model, PreTrainedModel) and getattr(model.config, "tie_word_embeddings", False):
         weights = {name: module.weight for name, module in quantized.items()}
         model.tie_weights()
@@ -149,7 +149,7 @@ class QuantizedSplitModel(QuantizedTransformersModel):
         """Split, quantize and freeze a transformers model in place."""
         if not isinstance(model, PreTrainedModel):
             raise InputError(f"QuantizedSplitModel takes a transformers model, not a {type(model).__name__}")
-        return cls(quantize_after(split or SplitQuantPass(), model, weights, leave=exclude or []))
+        return cls(quantize_after(split or SplitQuantPass(), model, weights, ignore=exclude or []))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> QuantizedSplitModel:

@@ -14,7 +14,7 @@ from splitquant_plugins.backends import Packer
 from splitquant_plugins.checkpoints.headers import TensorSpec
 from splitquant_quanto.grid import QTYPES, QuantoGrid, group_size_of, kept_by_tinygemm, refuse_tinygemm_rows
 from splitquant_quanto.optimizer import ZeroExactOptimizer
-from splitquant_quanto.quantization import LAYERS, _splittable
+from splitquant_quanto.quantization import LAYERS, splittable
 from splitquant_quanto.storage import ACTIVATION_SCALES, saved_tensors, write_description
 
 # Values quantized at once: enough to make calls cheap, few enough to stay in the cache.
@@ -33,9 +33,9 @@ class QuantoPacker(Packer):
         """Linear and Conv2d layers."""
         return [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
 
-    def left(self, model: nn.Module) -> Sequence[str]:
+    def ignored(self, model: nn.Module) -> Sequence[str]:
         """Layers of kinds that quanto does not quantize."""
-        return [name for name, m in model.named_modules() if _splittable(m) and not isinstance(m, LAYERS)]
+        return [name for name, m in model.named_modules() if splittable(m) and not isinstance(m, LAYERS)]
 
     def spec(self, shape: torch.Size, dtype: torch.dtype, *, part: bool) -> dict[str, TensorSpec]:
         """Codes, scales and shifts, and the scales of activations; ConfigError for what quanto cannot load."""

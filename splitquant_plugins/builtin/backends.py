@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from splitquant_plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from splitquant_plugins.plugins import RegisterBackend
+    from splitquant_plugins.hookspecs import RegisterBackend
 
 
 @hookimpl

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from splitquant_plugins.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from splitquant_plugins.plugins import RegisterSplitter
+    from splitquant_plugins.hookspecs import RegisterSplitter
 
 HOME = "splitquant_plugins.splitters"
 

@@ -144,14 +144,14 @@ class DecoupleQPass(ModelPass):
             )
         return super().__add__(recipe)
 
-    def apply(self, model: nn.Module, *, grid: Grid | GridRule | None = None, leave: Sequence[str] = ()) -> nn.Module:
+    def apply(self, model: nn.Module, *, grid: Grid | GridRule | None = None, ignore: Sequence[str] = ()) -> nn.Module:
         """Replace the weights of the model's layers by solved ones and return the model.
 
         On an error the model is put back as it was.
         """
         _refuse_unfit(model)
         started = time.perf_counter()
-        layers, kept = self._layers(model, grid, leave)
+        layers, kept = self._layers(model, grid, ignore)
         run = _Run(self, model, layers)
         try:
             with restored_on_error(model), evaluating(model):
@@ -168,19 +168,19 @@ class DecoupleQPass(ModelPass):
         return model
 
     def _layers(
-        self, model: nn.Module, grid: Grid | GridRule | None, leave: Sequence[str]
+        self, model: nn.Module, grid: Grid | GridRule | None, ignore: Sequence[str]
     ) -> tuple[dict[str, ValueLayer], dict[str, str]]:
         """Return the layers to be solved by name, and why the others are not."""
         splits = {name: module for name, module in model.named_modules() if isinstance(module, SplitModule)}
         inside = tuple(f"{name}." if name else "" for name in splits)
         config = _UNSPLIT.model_copy(update={"include": self.config.include, "exclude": self.config.exclude})
-        selection = select_layers(model, config, self.plugins, leave)
+        selection = select_layers(model, config, self.plugins, ignore)
         kept = {one.name: str(one.reason) for one in selection.ignored if not one.name.startswith(inside)}
         whole = [layer for layer in selection.split if not layer.name.startswith(inside)]
         refuse_unfit_weights(whole)
         found = {layer.name: ValueLayer.whole(layer) for layer in whole}
         for name, split in splits.items():
-            reason = reason_to_ignore([name], self.config, leave)
+            reason = reason_to_ignore([name], self.config, ignore)
             if reason is None:
                 found[name] = ValueLayer.split(name, split)
             else:

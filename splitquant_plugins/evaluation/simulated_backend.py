@@ -20,7 +20,7 @@ from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.evaluation.metrics import linear_weights, run_of
 from splitquant_plugins.grid import Grid, UniformGrid
 from splitquant_plugins.manifest import manifest_of
-from splitquant_plugins.modules import part_owners
+from splitquant_plugins.modules import layer_of_part
 from splitquant_plugins.passes.base import ModelPass
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d
 
@@ -54,7 +54,7 @@ class SimulatedBackend(Backend):
         if first is not None:
             model = first.apply(model, grid=grid)
         layers: dict[str, list[StoredWeight]] = {}
-        owners = part_owners(model)
+        owners = layer_of_part(model)
         rounded: dict[int, Tensor] = {}
         for name in linear_weights(model):
             module = model.get_submodule(name)

@@ -31,10 +31,10 @@ class ModelPass(ABC):
         return True
 
     @abstractmethod
-    def apply(self, model: nn.Module, *, grid: Grid | GridRule | None = None, leave: Sequence[str] = ()) -> nn.Module:
+    def apply(self, model: nn.Module, *, grid: Grid | GridRule | None = None, ignore: Sequence[str] = ()) -> nn.Module:
         """Rewrite the model in place and return it.
 
-        `grid` is the grid that the recipe will round to, for all layers or by name; `leave` are patterns of
+        `grid` is the grid that the recipe will round to, for all layers or by name; `ignore` are patterns of
         layer names that the recipe does not quantize.
         """
 
@@ -64,8 +64,8 @@ class PassSequence(ModelPass):
         """Whether any of the passes splits activation layers."""
         return any(one.splits_activations for one in self.passes)
 
-    def apply(self, model: nn.Module, *, grid: Grid | GridRule | None = None, leave: Sequence[str] = ()) -> nn.Module:
+    def apply(self, model: nn.Module, *, grid: Grid | GridRule | None = None, ignore: Sequence[str] = ()) -> nn.Module:
         """Run the passes in order."""
         for one in self.passes:
-            model = one.apply(model, grid=grid, leave=leave)
+            model = one.apply(model, grid=grid, ignore=ignore)
         return model

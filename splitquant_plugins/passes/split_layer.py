@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,16 +31,10 @@ class SplitTensors:
 
 
 class LayerSplitter:
-    """Splits the tensors of one layer; joblib may carry it to another process, which loads plugins anew."""
+    """Splits the tensors of one layer; joblib may carry it to another process."""
 
     def __init__(self, plugins: Plugins) -> None:
         self._plugins = plugins
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._plugins = Plugins.load()
 
     @torch.no_grad()
     def __call__(

@@ -99,7 +99,7 @@ class SplitQuantPass(ModelPass):
         chosen = {**self.config.model_dump(exclude_defaults=True), **self.splitter_options.model_dump()}
         return f"SplitQuantPass({', '.join(f'{key}={value!r}' for key, value in chosen.items())})"
 
-    def apply(self, model: nn.Module, *, grid: Grid | GridRule | None = None, leave: Sequence[str] = ()) -> nn.Module:
+    def apply(self, model: nn.Module, *, grid: Grid | GridRule | None = None, ignore: Sequence[str] = ()) -> nn.Module:
         """Split the model's layers in place and return the model.
 
         On an error the model is put back as it was.
@@ -112,7 +112,7 @@ class SplitQuantPass(ModelPass):
                 "pass to a recipe (SplitQuantPass(...) + recipe), or call .apply(model, grid=UniformGrid(...))"
             )
         started = time.perf_counter()
-        selection = select_layers(model, self.config, self.plugins, leave)
+        selection = select_layers(model, self.config, self.plugins, ignore)
         refuse_unfit_weights(selection.split)
         if not selection.split:
             reasons = "; ".join(sorted({str(layer.reason) for layer in selection.ignored})) or "it has no layers"
@@ -121,7 +121,7 @@ class SplitQuantPass(ModelPass):
         with restored_on_error(model):
             notes = self.plugins.prepare_model(model, self.config)
             manifest = new_manifest(self.config, self.splitter_options.model_dump(), notes)
-            result = self._rewrite(model, manifest, grid, leave)
+            result = self._rewrite(model, manifest, grid, ignore)
         if self.config.untie_embeddings:
             forget_tied_embeddings(result)
         manifest.seconds = time.perf_counter() - started
@@ -130,10 +130,10 @@ class SplitQuantPass(ModelPass):
         return result
 
     def _rewrite(
-        self, model: nn.Module, manifest: Manifest, grid: Grid | GridRule | None, leave: Sequence[str]
+        self, model: nn.Module, manifest: Manifest, grid: Grid | GridRule | None, ignore: Sequence[str]
     ) -> nn.Module:
         """Put split modules in the places of the selected layers, and a record of every layer in the manifest."""
-        selection = select_layers(model, self.config, self.plugins, leave)
+        selection = select_layers(model, self.config, self.plugins, ignore)
         refuse_unfit_weights(selection.split)  # again: the preparation may have changed the weights
         for layer in selection.ignored:
             self._record(manifest, ignored_record(layer.names, str(layer.reason), layer.kind))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from splitquant_plugins.plan import SplitterOptions
+
+__all__ = ["Splitter", "SplitterOptions"]
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,12 +16,6 @@ if TYPE_CHECKING:
 
     from splitquant_plugins.grid import Grid
     from splitquant_plugins.plan import TensorPlan
-
-
-class SplitterOptions(BaseModel):
-    """Options of a splitter; a splitter that takes any subclasses this."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Splitter(ABC):

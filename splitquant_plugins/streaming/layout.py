@@ -91,7 +91,7 @@ def make_layout(source: Source, first: SplitQuantPass, packer: Packer) -> Layout
     notes = first.plugins.prepare_model(model, first.config)
     if notes:
         raise ConfigError(f"streaming cannot prepare the model ({notes[0]}); {IN_MEMORY}")
-    selection = select_layers(model, first.config, first.plugins, packer.left(model))
+    selection = select_layers(model, first.config, first.plugins, packer.ignored(model))
     chosen = {layer.name: layer.plan for layer in selection.split}
     quantized = set(packer.quantized(model))
     if not quantized:
@@ -126,7 +126,7 @@ def make_layout(source: Source, first: SplitQuantPass, packer: Packer) -> Layout
         same_as.update(dict.fromkeys(group[1:], group[0]))
     position = {name: number for number, name in enumerate(source.names)}
     units.sort(key=lambda unit: position[unit.sources.get("weight", unit.sources.get("", ""))])
-    parameters.refuse_idle()
+    parameters.refuse_unused()
     return Layout(
         model, units, selection.ignored, [layer.name for layer in selection.split], parameters.dtypes, same_as
     )
@@ -176,7 +176,7 @@ class _Parameters:
         groups = ([name for name in group if name not in consumed] for group in self._groups.values())
         return [group for group in groups if group]
 
-    def refuse_idle(self) -> None:
+    def refuse_unused(self) -> None:
         """Raise for a tensor of the checkpoint that the model has no place for, and does not know as obsolete."""
         obsolete = getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or ()
         for name in self._source.names:

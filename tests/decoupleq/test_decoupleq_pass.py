@@ -199,7 +199,7 @@ def test_convolutions_tied_layers_and_exclusions(plugins):
     model[6].weight = model[5].weight
     batches = [torch.randn(30, 3, 6, 6)]
     before = model[4].weight.detach().clone()
-    DecoupleQPass(calibration=batches, exclude="4", plugins=plugins, **FAST).apply(model, grid=GRID, leave=["0"])
+    DecoupleQPass(calibration=batches, exclude="4", plugins=plugins, **FAST).apply(model, grid=GRID, ignore=["0"])
     records = {record.name: record.values for record in manifest_of(model).layers}
     assert model[6].weight is model[5].weight
     assert torch.equal(model[4].weight, before)

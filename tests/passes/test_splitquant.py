@@ -432,7 +432,7 @@ def test_the_grid_may_differ_by_layer(plugins, models):
 
 
 def test_what_the_recipe_leaves_is_left(models):
-    model = SplitQuantPass().apply(models.mlp(), leave=["2"])
+    model = SplitQuantPass().apply(models.mlp(), ignore=["2"])
     assert [(record.name, record.reason) for record in manifest_of(model).kept] == [
         ("2", "the recipe does not quantize it")
     ]

@@ -130,6 +130,6 @@ def sqnr() -> Callable[[Tensor, Tensor], float]:
 
 @pytest.fixture
 def quantized() -> Callable[[nn.Module], dict[str, Any]]:
-    from splitquant_inc.stored import quantized_layers
+    from splitquant_inc.stored_layers import quantized_layers
 
     return quantized_layers

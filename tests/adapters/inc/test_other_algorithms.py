@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from neural_compressor.torch.quantization import GPTQConfig, HQQConfig, convert, prepare, quantize
-from splitquant_inc.stored import dequantized
+from splitquant_inc.stored_layers import dequantized
 from torch import nn
 
 from splitquant_plugins.manifest import manifest_of

@@ -16,7 +16,7 @@ from neural_compressor.torch.quantization import (
     prepare,
     quantize,
 )
-from splitquant_inc.stored import dequantized
+from splitquant_inc.stored_layers import dequantized
 from torch import nn
 
 from splitquant_plugins.errors import AlreadyQuantizedError, AlreadySplitError, ConfigError, InputError

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from neural_compressor.torch.quantization import GPTQConfig, RTNConfig, convert, prepare, quantize
-from splitquant_inc.stored import dequantized
+from splitquant_inc.stored_layers import dequantized
 from torch import nn
 
 from splitquant_plugins.errors import ConfigError, InputError

@@ -128,7 +128,7 @@ def spec(observer, **changes):
     return QuantizationSpec(observer_or_fake_quant_ctr=observer, **{**values, **changes})
 
 
-def test_grid_is_told_from_a_specification():
+def test_grid_is_inferred_from_a_specification():
     found = Pt2eGrid.of_spec(spec(PerChannelMinMaxObserver.with_args(eps=2**-12)), 0)
     assert found == Pt2eGrid(-8, 7, "symmetric", "channel", 2**-12)
     whole = spec(MinMaxObserver, qscheme=torch.per_tensor_affine, ch_axis=None, quant_min=None, quant_max=None)

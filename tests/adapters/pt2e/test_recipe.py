@@ -289,7 +289,7 @@ def test_splitter_gets_the_grid_of_the_recipe(pt2e_plugins, x86, quantize, nets,
                     inputs[node.args[1]] = inputs[node.args[0]]
             return model
 
-    with pytest.raises(ConfigError, match=r"cannot be told from how the quantizer observes head\.weight"):
+    with pytest.raises(ConfigError, match=r"cannot be inferred from how the quantizer observes head\.weight"):
         quantize(nets.residual(), greedy + Strange(), images)
 
 

@@ -15,7 +15,7 @@ quanto = pytest.importorskip("optimum.quanto")
 
 from splitquant_quanto.grid import QuantoGrid, group_size_of  # noqa: E402
 from splitquant_quanto.optimizer import make_zero_exact  # noqa: E402
-from splitquant_quanto.quantization import stored_bytes  # noqa: E402
+from splitquant_quanto.stored_layers import stored_bytes  # noqa: E402
 
 
 def frozen(weight, bits):

@@ -95,7 +95,10 @@ def test_copies_of_a_split_model_keep_their_zeros(plugins, how, monkeypatch):
     from splitquant_plugins import apply_manifest, manifest_of
     from splitquant_plugins.plugins import Plugins
 
-    monkeypatch.setattr(Plugins, "load", lambda: plugins)
+    def load(cls):
+        return plugins
+
+    monkeypatch.setattr(Plugins, "load", classmethod(load))
     model = SplitQuantPass(plugins=plugins)(Net())
     twin = {
         "deepcopy": lambda: copy.deepcopy(model),

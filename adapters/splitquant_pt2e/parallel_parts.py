@@ -104,7 +104,7 @@ def replace_call(
             part.meta = _unique(node.meta, f"{node.name}_{names[number]}")
             part.meta["nn_module_stack"] = _module_stack(node, name, names[number])
             part.meta[NAME] = name
-            part.meta[PART] = args.index(_input_of(call))
+            part.meta[PART] = args.index(call.input)
             if annotation is not None:
                 part.meta[ANNOTATION] = _part_annotation(annotation, call, part, weight, bias)
             parts.append(part)
@@ -128,10 +128,6 @@ def _arguments(call: LayerCall, weight: Node, bias: Node | None) -> tuple[Any, t
     if call.kind == "conv1d_hf":
         return (aten.mm.default, (args[1], weight)) if bias is None else (aten.addmm.default, (bias, args[1], weight))
     return call.node.target, (args[0], weight, bias, *args[3:])
-
-
-def _input_of(call: LayerCall) -> Any:
-    return call.node.args[1 if call.kind == "conv1d_hf" else 0]
 
 
 def _unique(meta: dict[str, Any], name: str) -> dict[str, Any]:

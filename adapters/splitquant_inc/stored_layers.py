@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from neural_compressor.torch.algorithms.weight_only.hqq.core import HQQLinear
@@ -10,7 +9,7 @@ from neural_compressor.torch.algorithms.weight_only.modules import INCWeightOnly
 from torch import Tensor, nn
 
 from splitquant_plugins.backends import StoredWeight
-from splitquant_plugins.modules import SplitLinear
+from splitquant_plugins.modules import SplitLinear, layer_of_part
 
 if TYPE_CHECKING:
     from collections.abc import Set
@@ -37,19 +36,15 @@ def stored_layers(model: nn.Module, transposed: Set[str] = frozenset()) -> dict[
     `transposed` names the layers whose float weight was [in, out], as transformers' Conv1D has it. The bits are
     those of the packed codes, scales, zero points and, where there is one, group index.
     """
-    owners: Mapping[str, tuple[str, SplitLinear]] = {
-        f"{name}.{part}": (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, SplitLinear)
-        for part in module.part_names
-    }
+    splits = layer_of_part(model)
     layers: dict[str, list[StoredWeight]] = {}
     for name, module in quantized_layers(model).items():
-        owner, split = owners.get(name, (name, None))
-        flip = split.transposed if split is not None else name in transposed
+        layer = splits.get(name, name)
+        split = model.get_submodule(layer)
+        flip = split.transposed if isinstance(split, SplitLinear) else name in transposed
         weight = dequantized(module)
         bits = 8 * sum(buffer.numel() * buffer.element_size() for buffer in _packed(module))
-        layers.setdefault(owner, []).append(StoredWeight(weight.t() if flip else weight, bits))
+        layers.setdefault(layer, []).append(StoredWeight(weight.t() if flip else weight, bits))
     return layers
 
 

@@ -1,0 +1,36 @@
+"""`SplitQuantPass() + QuantoConfig(...)`: the recipe that it becomes, made known to transformers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from transformers import QuantoConfig
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+
+from splitquant_plugins.errors import ConfigError
+from splitquant_quanto.quantization import refuse_activations
+from splitquant_quanto.recipe import METHOD, SplitQuantoConfig, SplitQuantoHfQuantizer
+
+if TYPE_CHECKING:
+    from splitquant_plugins.passes.base import ModelPass
+
+WEIGHTS = ("int2", "int4", "int8")
+
+
+def attach(first: ModelPass, recipe: QuantoConfig) -> SplitQuantoConfig:
+    """Return a recipe with the arguments of `recipe` that runs the pass before it quantizes."""
+    if isinstance(recipe, SplitQuantoConfig):
+        raise ConfigError("this QuantoConfig has a pass attached already; a model is split once")
+    refuse_activations(first)
+    if recipe.activations is not None:
+        raise ConfigError(f"QuantoConfig(activations={recipe.activations!r}): the quanto adapter is for weights only")
+    if recipe.weights not in WEIGHTS:
+        raise ConfigError(f"QuantoConfig(weights={recipe.weights!r}): a split is for {', '.join(WEIGHTS)}")
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(SplitQuantoConfig)
+        register_quantizer(METHOD)(SplitQuantoHfQuantizer)
+    return SplitQuantoConfig(recipe.weights, first, modules_to_not_convert=recipe.modules_to_not_convert)
