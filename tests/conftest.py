@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -221,6 +224,95 @@ def no_leftovers(tmp_path: Path) -> Iterator[None]:
     """Fail where a temporary file is left in the test's folder."""
     yield
     assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
+
+
+FUZZ = int(os.environ.get("SPLITQUANT_FUZZ", "1"))  # how many times longer the random searches run
+COUNTS: list[str] = []
+
+
+@pytest.fixture
+def fuzz() -> int:
+    """How many times longer than in a common run the random searches are to go on."""
+    return FUZZ
+
+
+@pytest.fixture
+def count_cases() -> Callable[..., None]:
+    """Note a number of cases, which is printed below the results."""
+
+    def note(what: str, number: int, more: str = "") -> None:
+        COUNTS.append(f"{what}: {number} cases{', ' + more if more else ''}")
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for line in COUNTS:
+        terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def mutations() -> Callable[..., Iterator[str]]:
+    """Return what makes mutants of a JSON text, up to a number drawn with a fixed seed."""
+
+    def mutate(text: str, most: int = 150) -> Iterator[str]:
+        document = json.loads(text)
+        every = [(path, number) for path in _paths(document) for number in range(len(DAMAGES))]
+        for path, number in random.Random(0).sample(every, min(len(every), most * FUZZ)):
+            yield json.dumps(DAMAGES[number](copy.deepcopy(document), path))
+        for key in document if isinstance(document, dict) else ():
+            yield text.replace(f'"{key}"', f'"{key}": 0, "{key}"', 1)
+        for end in range(0, len(text) - 2, max(1, len(text) // 20)):
+            yield text[:end]
+
+    return mutate
+
+
+def _paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from _paths(inner, (*path, key))
+
+
+def _holder(document: Any, path: tuple[Any, ...]) -> Any:
+    for key in path[:-1]:
+        document = document[key]
+    return document
+
+
+def _drop(document: Any, path: tuple[Any, ...]) -> Any:
+    del _holder(document, path)[path[-1]]
+    return document
+
+
+def _double(document: Any, path: tuple[Any, ...]) -> Any:
+    holder, key = _holder(document, path), path[-1]
+    if isinstance(holder, list):
+        holder.insert(key, copy.deepcopy(holder[key]))
+    else:
+        holder[f"{key}_again"] = copy.deepcopy(holder[key])
+    return document
+
+
+def _nested(value: Any, depth: int) -> Any:
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def _put(value: Any) -> Callable[[Any, tuple[Any, ...]], Any]:
+    def replace(document: Any, path: tuple[Any, ...]) -> Any:
+        _holder(document, path)[path[-1]] = value
+        return document
+
+    return replace
+
+
+RETYPED = (None, True, -1, 0, 1.5, "", "text", [], {}, [None], {"node": None}, "../../etc/passwd", "__class__")
+HUGE = (10**30, -(2**63), 1e308, "9" * 10_000, [0] * 10_000, _nested(0, 300))
+DAMAGES = (_drop, _double, *map(_put, RETYPED), *map(_put, HUGE))
 
 
 @pytest.fixture

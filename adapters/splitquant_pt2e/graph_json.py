@@ -1,23 +1,40 @@
-"""An exported graph as JSON, and back: node by node, with an allow list of operators, and no pickle.
+"""An exported graph as JSON, and back: node by node, with an allow list of operators.
 
-torch.export.load is not used for untrusted files: a .pt2 archive can say that its tensors are pickles.
+No text of a file reaches a pickle, an importer or a compiler. torch.export.load is not used for untrusted files:
+a .pt2 archive can say that its tensors are pickles.
 """
 
 from __future__ import annotations
 
+import keyword
 import math
 import operator
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.ao.quantization.fx._decomposed  # registers PT2E's operators, in torchao's flow too
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.fx.graph import _PyTreeInfo
 from torch.utils import _pytree as pytree
+from torch.utils._pytree import TreeSpec
 
 from splitquant_plugins.errors import InputError
+from splitquant_pt2e.guards import NAME as GUARDS
+from splitquant_pt2e.guards import Guards, check_conditions, guards_of, is_guard, leaf_names
+from splitquant_pt2e.loaded_graph import LoadedGraph, NamelessInputs
+from splitquant_pt2e.tree_json import tree_from_json, tree_to_json
 
-FORMAT = 1
+FORMAT = 2
+TOP_FIELDS = ("format", "inputs", "in_spec", "out_spec", "guards", "nodes", "same_as", "has_manifest")
+NODE_FIELDS = {
+    "placeholder": ("op", "name", "args"),
+    "get_attr": ("op", "name", "args", "target"),
+    "call_function": ("op", "name", "args", "target", "kwargs", "layer"),
+    "output": ("op", "name", "args"),
+}
 NAMESPACES = ("aten", "quantized_decomposed", "prims")
 REFUSED = ("from_file",)  # it would read any file of the machine
 _OPERATORS = "add sub mul truediv floordiv mod neg pow eq ne lt le gt ge and_ or_ not_ getitem"
@@ -29,91 +46,189 @@ FUNCTIONS: dict[str, Any] = {
 }
 _FUNCTION_NAMES = {function: name for name, function in FUNCTIONS.items()}
 TYPES = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
-GUARDS = "_guards_fn"  # checks of the input's shapes, which the stored graph does without
+SCHEMA_TYPES: dict[str, tuple[type, ...]] = {
+    "TensorType": (int, float),  # a number is taken for a tensor of one value
+    "IntType": (int, torch.dtype, torch.layout, torch.memory_format),
+    "SymIntType": (int,),
+    "FloatType": (float, int),
+    "NumberType": (float, int),
+    "BoolType": (bool,),
+    "StringType": (str,),
+    "DeviceObjType": (torch.device,),
+    "ScalarTypeType": (torch.dtype,),
+    "LayoutType": (torch.layout,),
+    "MemoryFormatType": (torch.memory_format,),
+}
+DEEPEST = 8  # lists within lists, as arguments
+_PLAIN_TEXT = re.compile(r"[A-Za-z0-9_.,:+\- >]{0,64}")  # such as "floor", "tanh", "ij->ji"
 
 
 def graph_to_json(model: GraphModule) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the graph as JSON takes it, and the dotted names of the tensors it reads by those of their nodes.
 
-    Raises InputError for a graph with submodules or operators that are not aten's or PT2E's own.
+    Raises InputError for a graph with submodules, with operators that are not aten's or PT2E's own, or with
+    guards, inputs or outputs that JSON cannot say.
     """
     info = getattr(model.graph._codegen, "pytree_info", None)
-    if info is None:
+    if info is None or info.in_spec is None or info.out_spec is None:
         raise InputError("the graph has no input and output structure; save what convert_pt2e returned")
     nodes, tensors = [], {}
     for node in model.graph.nodes:
-        if node.op == "call_module" and node.target == GUARDS:
+        if is_guard(node):
             continue
         entry: dict[str, Any] = {"op": node.op, "name": node.name, "args": _encode(node, list(node.args))}
         if node.kwargs:
             entry["kwargs"] = {key: _encode(node, value) for key, value in node.kwargs.items()}
         if node.op == "call_function":
             entry["target"] = _function_name(node)
-        elif node.op in ("placeholder", "get_attr"):
-            entry["target"] = str(node.target)
-        elif node.op != "output":
+        elif node.op == "get_attr":
+            entry["target"] = tensors[node.name] = str(node.target)
+        elif node.op not in ("placeholder", "output"):
             raise InputError(f"the graph calls {node.op} {node.target} ({node.name}), which cannot be saved as JSON")
-        if node.op == "get_attr":
-            tensors[node.name] = str(node.target)
         layer = node.meta.get("splitquant_layer")
-        if layer is not None:
+        if layer is not None and node.op == "call_function":
             entry["layer"] = layer
         nodes.append(entry)
-    try:
-        specs = [pytree.treespec_dumps(spec) for spec in (info.in_spec, info.out_spec)]
-    except (NotImplementedError, TypeError) as error:
-        raise InputError(f"the model's inputs or outputs are of a type that cannot be saved: {error}") from None
-    described = {"format": FORMAT, "inputs": info.orig_args, "in_spec": specs[0], "out_spec": specs[1], "nodes": nodes}
+    described = {
+        "format": FORMAT,
+        "inputs": info.orig_args,
+        "in_spec": tree_to_json(info.in_spec),
+        "out_spec": tree_to_json(info.out_spec),
+        "guards": guards_of(model, info.orig_args, info.in_spec),
+        "nodes": nodes,
+    }
     return described, tensors
 
 
-def graph_from_json(described: Any, root: torch.nn.Module, where: object) -> GraphModule:
-    """Rebuild the graph over `root`, which holds its tensors; InputError for what `graph_to_json` does not write."""
+def graph_from_json(described: Any, state: Mapping[str, Tensor], where: object) -> LoadedGraph:
+    """Rebuild the graph over its tensors; InputError for what `graph_to_json` does not write.
+
+    Nodes and tensors get names of this package's own making, so that no text of the file is compiled.
+    """
     try:
-        if described["format"] != FORMAT:
-            raise InputError(f"{where} has format {described['format']}; this version reads {FORMAT}")
-        graph = Graph()
-        nodes: dict[str, Node] = {}
-        for entry in described["nodes"]:
-            node = _node(graph, nodes, entry, where)
-            nodes[entry["name"]] = node
-        graph.set_codegen(
-            _PyTreeCodeGen(
-                _PyTreeInfo(
-                    orig_args=[str(name) for name in described["inputs"]],
-                    in_spec=_tree(described["in_spec"]),
-                    out_spec=_tree(described["out_spec"]),
-                )
-            )
-        )
-        graph.lint()
+        return _rebuild(described, state, where)
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, NotImplementedError) as error:
-        raise InputError(f"{where} is damaged: {type(error).__name__} {error}") from None
-    return GraphModule(root, graph)
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{where} is damaged: {type(error).__name__} {' '.join(str(error).split())}") from None
 
 
-def _node(graph: Graph, nodes: dict[str, Node], entry: dict[str, Any], where: object) -> Node:
-    op, name = entry["op"], entry["name"]
-    if not str(name).isidentifier():
-        raise InputError(f"{where} has a node called {name!r}")
+def _rebuild(described: Any, state: Mapping[str, Tensor], where: object) -> LoadedGraph:
+    if not isinstance(described, dict) or "nodes" not in described:
+        raise InputError(f"{where} is damaged: it holds no graph")
+    if described.get("format") != FORMAT:
+        raise InputError(
+            f"{where} has format {described.get('format')!r}; this version reads {FORMAT}: save the graph again"
+        )
+    _refuse_unknown(described, TOP_FIELDS, where)
+    names, in_spec = _arguments(described)
+    root = nn.Module()
+    owned = {}
+    for number, (name, tensor) in enumerate(state.items()):
+        owned[name] = f"tensor_{number}"
+        root.register_buffer(owned[name], tensor)
+    graph, nodes = Graph(), dict[str, Node]()
+    for number, entry in enumerate(described["nodes"]):
+        if not isinstance(entry, dict):
+            raise InputError(f"{where} is damaged: node {number} is no object")
+        if not isinstance(entry.get("op"), str) or entry["op"] not in NODE_FIELDS:
+            raise InputError(f"{where} has a node of kind {entry.get('op')!r}")
+        _refuse_unknown(entry, NODE_FIELDS[entry["op"]], where)
+        if not isinstance(entry["name"], str) or entry["name"] in nodes:
+            raise InputError(f"{where} is damaged: node {number} has no name of its own")
+        nodes[entry["name"]] = _node(graph, nodes, entry, f"node_{number}", owned, where)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    ordered = [node.op for node in graph.nodes]
+    if len(inputs) != in_spec.num_leaves or ordered.count("output") != 1 or ordered[-1] != "output":
+        raise InputError(f"{where} is damaged: its nodes are not {in_spec.num_leaves} inputs and, last, one output")
+    conditions = check_conditions(described["guards"], len(inputs))
+    if conditions:
+        root.add_module(GUARDS, Guards(conditions, leaf_names(names, in_spec)))
+        with graph.inserting_after(inputs[-1]):
+            graph.call_module(GUARDS, tuple(inputs))
+    graph.set_codegen(NamelessInputs(_PyTreeInfo(names, in_spec, tree_from_json(described["out_spec"]))))
+    graph.lint()
+    return LoadedGraph(root, graph)
+
+
+def _refuse_unknown(entry: dict[str, Any], known: Collection[str], where: object) -> None:
+    unknown = sorted(set(entry) - set(known))
+    if unknown:
+        raise InputError(f"{where} has a field {unknown[0]!r} that this version does not know")
+
+
+def _arguments(described: dict[str, Any]) -> tuple[list[str], TreeSpec]:
+    """Return the names of the arguments and how they nest."""
+    names, in_spec = described["inputs"], tree_from_json(described["in_spec"])
+    nest = pytree.tree_unflatten(range(in_spec.num_leaves), in_spec)
+    is_call = isinstance(nest, tuple) and [type(each) for each in nest] == [tuple, dict]
+    if not is_call or not all(isinstance(key, str) for key in nest[1]):
+        raise ValueError("its inputs are no arguments and keywords")
+    distinct = isinstance(names, list) and all(isinstance(name, str) for name in names) and len({*names, "self"})
+    if distinct != len(nest[0]) + len(nest[1]) + 1 or distinct != len(names) + 1:
+        raise ValueError("its inputs have not one name each")
+    for name in names:
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise ValueError(f"an input is called {name!r}")
+    return names, in_spec
+
+
+def _node(
+    graph: Graph, nodes: dict[str, Node], entry: dict[str, Any], name: str, owned: Mapping[str, str], where: object
+) -> Node:
+    op = entry["op"]
+    if not isinstance(entry["args"], list) or not isinstance(entry.get("kwargs", {}), dict):
+        raise InputError(f"{where} is damaged: {name} has no list of arguments")
     args = tuple(_decode(value, nodes) for value in entry["args"])
-    kwargs = {str(key): _decode(value, nodes) for key, value in entry.get("kwargs", {}).items()}
     if op == "call_function":
-        node = graph.create_node(op, _function(entry["target"], where), args, kwargs, name)
-    elif op in ("placeholder", "get_attr"):
-        target = str(entry["target"])
-        if not all(part.isidentifier() or part.isdecimal() for part in target.split(".")):
-            raise InputError(f"{where} reads {target!r}")
-        node = graph.create_node(op, target, args, kwargs, name)
-    elif op == "output":
-        node = graph.create_node(op, "output", args, kwargs, name)
+        kwargs = {key: _decode(value, nodes) for key, value in entry.get("kwargs", {}).items()}
+        function = _function(entry["target"], where)
+        _refuse_misfit_call(function, args, kwargs)
+        node = graph.create_node(op, function, args, kwargs, name)
+    elif op == "placeholder" and not args:
+        node = graph.create_node(op, name, (), {}, name)
+    elif op == "get_attr" and not args:
+        node = graph.create_node(op, owned[entry["target"]], (), {}, name)
+    elif op == "output" and len(args) == 1:
+        node = graph.create_node(op, "output", args, {}, name)
     else:
-        raise InputError(f"{where} has a node of kind {op!r}")
+        raise InputError(f"{where} has a node of kind {op!r} with {len(args)} arguments")
     if "layer" in entry:
-        node.meta["splitquant_layer"] = str(entry["layer"])
+        if not isinstance(entry["layer"], str):
+            raise InputError(f"{where} is damaged: {name} belongs to no layer")
+        node.meta["splitquant_layer"] = entry["layer"]
     return node
+
+
+def _refuse_misfit_call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError where an operator is given arguments that it does not have, or lacks one that it needs."""
+    if not isinstance(function, torch._ops.OpOverload):
+        if kwargs:
+            raise ValueError(f"{function.__name__} takes no keywords")
+        return
+    known = function._schema.arguments
+    taken = {argument.name for argument in known[: len(args)]}
+    free = {argument.name for argument in known} - taken
+    needed = {argument.name for argument in known if not argument.has_default_value()} - taken
+    if len(args) > len(known) or not needed <= set(kwargs) <= free:
+        raise ValueError(f"{function} takes {', '.join(argument.name for argument in known)}")
+    named = {argument.name: argument.real_type for argument in known}
+    given = {**{argument.name: value for argument, value in zip(known, args, strict=False)}, **kwargs}
+    for name, value in given.items():
+        if not _fits(value, named[name]):
+            raise ValueError(f"{function} takes a {named[name]} as {name}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether an argument may be of a type of torch's schemas; what a node will give is seen when it runs."""
+    name = kind.kind()
+    if name == "OptionalType":
+        return value is None or _fits(value, kind.getElementType())
+    if name == "ListType":
+        inner = kind.getElementType()
+        return isinstance(value, Node) or (isinstance(value, (list, tuple)) and all(_fits(v, inner) for v in value))
+    allowed = SCHEMA_TYPES.get(name)
+    return allowed is None or isinstance(value, (Node, *allowed))
 
 
 def _function_name(node: Node) -> str:
@@ -130,7 +245,9 @@ def _function_name(node: Node) -> str:
     raise InputError(f"the graph calls {target} ({node.name}), which cannot be saved")
 
 
-def _function(name: str, where: object) -> Any:
+def _function(name: Any, where: object) -> Any:
+    if not isinstance(name, str):
+        raise InputError(f"{where} is damaged: a node calls {type(name).__name__}")
     if name in FUNCTIONS:
         return FUNCTIONS[name]
     parts = name.split(".")
@@ -162,35 +279,41 @@ def _encode(node: Node, value: Any) -> Any:
     raise InputError(f"{node.name} has an argument of type {type(value).__name__}, which cannot be saved")
 
 
-def _decode(value: Any, nodes: dict[str, Node]) -> Any:
+def _decode(value: Any, nodes: dict[str, Node], depth: int = 0) -> Any:
+    if depth > DEEPEST:
+        raise ValueError("an argument nests too deeply")
+    depth += 1
     if isinstance(value, list):
-        return [_decode(item, nodes) for item in value]
+        return [_decode(item, nodes, depth) for item in value]
+    if isinstance(value, str) and not _PLAIN_TEXT.fullmatch(value):
+        raise ValueError(f"an argument is {value[:40]!r}")
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise ValueError("an argument is beyond 64 bits")
+    if type(value) is float and not math.isfinite(value):
+        raise ValueError("an argument is not finite")
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "node":
+        if not isinstance(content, str) or content not in nodes:
+            raise ValueError(f"a node reads {content!r}, which does not come before it")
         return nodes[content]
     if kind == "tuple":
-        return tuple(_decode(item, nodes) for item in content)
+        return tuple(_decode(item, nodes, depth) for item in _listed(content))
     if kind == "slice":
-        return slice(*(_decode(item, nodes) for item in content))
-    if kind == "float":
+        start, stop, step = _listed(content)
+        return slice(_decode(start, nodes, depth), _decode(stop, nodes, depth), _decode(step, nodes, depth))
+    if kind == "float" and content in ("inf", "-inf", "nan"):
         return float(content)
     if kind == "device":
         return torch.device(content)
-    found = getattr(torch, content)
-    if not isinstance(found, TYPES[kind]):
-        raise ValueError(f"torch.{content} is no {kind}")
+    found = getattr(torch, content) if kind in TYPES and _PLAIN_TEXT.fullmatch(content) else None
+    if found is None or not isinstance(found, TYPES[kind]):
+        raise ValueError(f"an argument is {kind} {content!r}")
     return found
 
 
-def _tree(text: str) -> pytree.TreeSpec:
-    """Read a structure; transformers' output classes are known once transformers is imported."""
-    try:
-        return pytree.treespec_loads(text)
-    except NotImplementedError:
-        if "transformers.modeling_outputs" not in text:
-            raise
-        import transformers.modeling_outputs  # noqa: F401
-
-        return pytree.treespec_loads(text)
+def _listed(content: Any) -> list[Any]:
+    if not isinstance(content, list):
+        raise ValueError("an argument is no list")
+    return content

@@ -2,15 +2,14 @@
 
 A folder holds graph.json (the operators, with the scales and zero points that PT2E writes as numbers),
 model.safetensors (codes, scales per channel and all other tensors that the graph reads) and, where the graph was
-split, splitquant_manifest.json. Nothing is pickled, and loading runs no operator outside an allow list.
+split, splitquant_manifest.json. Nothing is pickled, loading compiles no text of the files, and the graph runs no
+operator outside an allow list.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from splitquant_plugins.checkpoints.files import read_json, write_json
@@ -61,47 +60,31 @@ def load(folder: str | Path) -> GraphModule:
     folder = Path(folder)
     path = folder / GRAPH_FILE
     described = read_json(path)
-    if not isinstance(described, dict) or "nodes" not in described:
+    if not isinstance(described, dict) or not isinstance(described.get("nodes"), list):
         raise InputError(f"{path} is damaged: it holds no graph")
-    has_manifest = described.get("has_manifest") or (folder / FILE_NAME).is_file()
+    if not isinstance(described.get("has_manifest"), bool):
+        raise InputError(f"{path} is damaged: it does not say whether there is a manifest")
+    has_manifest = described["has_manifest"] or (folder / FILE_NAME).is_file()
     manifest = Manifest.load(folder) if has_manifest else None
     state = read_tensors(folder / WEIGHTS_FILE)
-    for name, source in dict(described.get("same_as", {})).items():
-        if source not in state:
+    same_as = described.get("same_as")
+    if not isinstance(same_as, dict):
+        raise InputError(f"{path} is damaged: it does not say which tensors are shared")
+    for name, source in same_as.items():
+        if name in state or not isinstance(source, str) or source in same_as or source not in state:
             raise SkeletonMismatchError(f"{folder}: tensor {name} is to share {source}, which is not there")
         state[name] = state[source]
-    wanted = {entry.get("target") for entry in described["nodes"] if entry.get("op") == "get_attr"}
-    for missing in sorted(map(str, wanted - set(state))):
+    wanted = {str(e.get("target")) for e in described["nodes"] if isinstance(e, dict) and e.get("op") == "get_attr"}
+    for missing in sorted(wanted - set(state)):
         raise SkeletonMismatchError(f"{folder}: the graph reads tensor {missing}, which {WEIGHTS_FILE} does not have")
     for unused in sorted(set(state) - wanted):
         raise SkeletonMismatchError(f"{folder}: {WEIGHTS_FILE} has tensor {unused}, which the graph does not read")
-    model = graph_from_json(described, _root(state, path), path)
+    model = graph_from_json(described, state, path)
     _refuse_misfit(model, manifest, folder)
     if manifest is not None:
         set_manifest(model, manifest)
         model.meta[ATTRIBUTE] = manifest
     return model.eval()
-
-
-def _root(state: dict[str, Tensor], path: Path) -> nn.Module:
-    root = GraphModule(nn.Module(), torch.fx.Graph())
-    for name, tensor in state.items():
-        owner, _, leaf = name.rpartition(".")
-        if owner:
-            root.add_submodule(owner, nn.Module()) if not _has(root, owner) else None
-        try:
-            root.get_submodule(owner).register_buffer(leaf, tensor)
-        except (AttributeError, KeyError) as error:
-            raise InputError(f"{path}: no tensor can be called {name!r}: {error}") from None
-    return root
-
-
-def _has(root: nn.Module, path: str) -> bool:
-    try:
-        root.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _refuse_misfit(model: GraphModule, manifest: Manifest | None, folder: Path) -> None:

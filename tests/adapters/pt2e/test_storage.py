@@ -128,6 +128,10 @@ def test_graph_of_another_model(saved, quantize, nets, tmp_path_factory):
         load(folder)
 
 
+def _node(described, op):
+    return next(node for node in described["nodes"] if node["op"] == op)
+
+
 def _call(target):
     def change(described):
         next(node for node in described["nodes"] if node["op"] == "call_function")["target"] = target
@@ -143,8 +147,18 @@ def _call(target):
         (_call("aten.no_such_operator.default"), "does not have"),
         (_call("builtins.eval.default"), "not allowed"),
         (lambda described: described["nodes"][-1].update(op="call_module"), "kind 'call_module'"),
-        (lambda described: described["nodes"][0].update(name="a; import os"), "called"),
-        (lambda described: described["nodes"][0].update(target="__import__('os')"), "reads"),
+        (lambda described: described["nodes"][0].update(name="a; import os"), "which does not come before it"),
+        (lambda described: _node(described, "get_attr").update(target="__import__('os')"), "reads tensor __import"),
+        (lambda described: _node(described, "placeholder").update(target="__import__('os')"), "field 'target'"),
+        (lambda described: described["nodes"].insert(1, None), "node 1 is no object"),
+        (lambda described: described.update(more=1), "field 'more'"),
+        (lambda described: described["nodes"][0].update(more=1), "field 'more'"),
+        (lambda described: described.update(inputs=["class"]), "an input is called 'class'"),
+        (lambda described: described.update(inputs=["self"]), "one name each"),
+        (lambda described: described.update(out_spec={"evilmod:X": []}), "no container"),
+        (lambda described: described.update(out_spec={"output": ["import_module", [["name", None]]]}), "no output"),
+        (lambda described: described.update(guards=[["exec", "print(1)"]]), "values for 'exec'"),
+        (lambda described: described.update(guards=[["size", 9, 0]]), "reads size"),
         (lambda described: described.update(format=9), "format 9"),
         (lambda described: described["nodes"].pop(0), "damaged"),
         (lambda described: described.pop("in_spec"), "damaged"),
