@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dynamic_program import least_inertia
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -14,26 +15,6 @@ from safetensors.torch import load_file
 
 from splitquant_plugins.clustering import assign, kernels, masked_parts, optimal_clusters
 from splitquant_plugins.errors import InputError
-
-
-def least_inertia(values, k, weights=None):
-    """The optimum by a dynamic program over all boundaries, in extended precision."""
-    order = np.argsort(np.asarray(values, dtype=np.float64), kind="stable")
-    x = np.asarray(values, dtype=np.longdouble)[order]
-    w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=np.longdouble)[order]
-    scale = np.abs(x).max() or 1
-    x = x / scale
-    x = x - (w * x).sum() / w.sum()
-    weight, total, square = (np.concatenate([[0], np.cumsum(w * x**power)]) for power in range(3))
-    between = weight[None] - weight[:, None]
-    moment = total[None] - total[:, None]
-    cost = square[None] - square[:, None] - np.where(between > 0, moment**2 / np.where(between > 0, between, 1), 0)
-    cost = np.maximum(cost, 0)
-    cost[np.tril_indices(len(cost), -1)] = np.inf
-    best = cost[0]
-    for _ in range(k - 1):
-        best = (best[:, None] + cost).min(0)
-    return float(best[-1] * scale**2), float(cost[0, -1] * scale**2)
 
 
 def inertia_of(values, labels, weights=None):
@@ -235,6 +216,65 @@ def test_long_rows_beside_a_dynamic_program(shape, k, monkeypatch):
     generator = np.random.default_rng(k)
     for n in (4, 250):
         check_optimal(torch.from_numpy(SHAPES[shape](generator, n)[None].astype(np.float32)), k)
+
+
+@st.composite
+def weighted_values(draw):
+    """Values of any size, many of them equal, or none; and how often each counts."""
+    n = draw(st.integers(1, 60))
+    elements = draw(
+        st.sampled_from(
+            [
+                st.integers(-3, 3).map(float),
+                st.integers(-100, 100).map(lambda number: number / 8),
+                st.floats(-1e3, 1e3, width=32),
+                st.sampled_from([-1e6, -1.0, 0.0, 1.0, 1.001, 1e6]),
+            ]
+        )
+    )
+    values = draw(arrays(np.float64, n, elements=elements))
+    weights = draw(arrays(np.float64, n, elements=st.sampled_from([0.0, 0.125, 1.0, 3.0, 40.0])))
+    weights[draw(st.integers(0, n - 1))] = 1.0
+    return values, weights
+
+
+def test_the_dynamic_program_is_right():
+    """Beside all ways to cut a few values."""
+    generator = np.random.default_rng(0)
+    for n, k in itertools.product(range(1, 8), range(1, 5)):
+        values, weights = generator.integers(-9, 9, n).astype(float), generator.integers(1, 4, n).astype(float)
+        values.sort()
+        ways = itertools.combinations_with_replacement(range(n + 1), k - 1)
+        labels = [np.searchsorted(cuts, np.arange(n), side="right") for cuts in ways]
+        least = min(inertia_of(values, label, weights) for label in labels)
+        assert least_inertia(values, k, weights)[0] == pytest.approx(least, rel=1e-12, abs=1e-12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(weighted_values(), st.integers(1, 6), st.sampled_from([np.float32, np.float64]), st.booleans())
+def test_kernels_beside_the_dynamic_program(given, k, dtype, weighted):
+    values, weights = given
+    rows = torch.from_numpy(values.astype(dtype))[None]
+    check_optimal(rows, k, torch.from_numpy(weights)[None] if weighted else None, slack=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(weighted_values(), st.integers(2, 6))
+def test_the_kernels_dynamic_program_beside_the_plain_one(given, k):
+    """`best_cuts` alone, without what brackets its cuts."""
+    values, place = np.unique(given[0], return_inverse=True)
+    weights = np.bincount(place, given[1] + 0.125)
+    k = min(k, len(values))
+    if k == 1:
+        return
+    points = values - np.average(values, weights=weights)
+    prefixes = np.zeros((len(values) + 1, 2))
+    prefixes[1:, 0], prefixes[1:, 1] = weights.cumsum(), (weights * points).cumsum()
+    cuts = kernels.best_cuts(prefixes, np.arange(1, k), len(values) - np.arange(1, k)[::-1])
+    best, whole = least_inertia(values, k, weights)
+    inertia = inertia_of(values, np.searchsorted(cuts, np.arange(len(values)), side="right"), weights)
+    assert len(set(cuts)) == k - 1
+    assert inertia <= best * (1 + 1e-9) + whole * 1e-14
 
 
 @settings(max_examples=60, deadline=None)
