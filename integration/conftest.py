@@ -25,7 +25,7 @@ def subject(task: str, subjects: dict[str, Subject]) -> Subject:
     if task not in subjects:
         model, data = locate(task)
         try:
-            subjects[task] = load_subject(model, data)
+            subjects[task] = load_subject(model, data, by_length=True)
         except SplitQuantError as error:
             if os.environ.get("SPLITQUANT_ASSETS"):
                 raise

@@ -55,7 +55,7 @@ def main() -> None:
     backends = sys.argv[1:] or ["quanto", "inc", "pt2e"]
     rows = []
     for task in ("emotion", "sms"):
-        subject = load_subject(*locate(task))
+        subject = load_subject(*locate(task), by_length=True)
         for backend in backends:
             defaults = [WeightRequest(width) for width in ("int2", "int4", "int8")]
             others = [WeightRequest(*one) for one in OTHER_GRIDS.get(backend, []) if task == "emotion"]
