@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from splitquant_plugins.manifest import Manifest, manifest_of
     from splitquant_plugins.passes.merge_parts import fuse, unfuse
     from splitquant_plugins.passes.rebuild import apply_manifest
+    from splitquant_plugins.passes.self_calibration import self_calibration
     from splitquant_plugins.passes.splitquant import SplitQuantPass
     from splitquant_plugins.plan import LayerPlan, Skip, SplitterOptions, TensorPlan
     from splitquant_plugins.splitters.base import Splitter
@@ -42,6 +43,7 @@ _HOME = {
     "apply_manifest": "passes.rebuild",
     "fuse": "passes.merge_parts",
     "manifest_of": "manifest",
+    "self_calibration": "passes.self_calibration",
     "unfuse": "passes.merge_parts",
 }
 
@@ -62,6 +64,7 @@ __all__ = [
     "fuse",
     "hookimpl",
     "manifest_of",
+    "self_calibration",
     "unfuse",
 ]
 
