@@ -57,7 +57,9 @@ def split_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "-O", "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Further options of SplitQuantPass."
         ),
         click.option(
-            "--calibration", type=click.Path(dir_okay=False), help="csv with a column text, for splitters that use it."
+            "--calibration",
+            type=click.Path(dir_okay=False),
+            help="csv with a column text, for what uses it; `self`: text that a language model writes itself.",
         ),
         click.option("--budget", type=float, help="Stored bits per weight; chooses the parts of each layer."),
         click.option("--k", type=int, help="Parts per layer.  [default: 3]"),

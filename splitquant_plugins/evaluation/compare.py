@@ -11,20 +11,28 @@ from typing import Any
 from torch import Tensor, nn
 
 from splitquant_plugins.backends import ROUND_TO_NEAREST, Backend, WeightFormat, WeightRequest
-from splitquant_plugins.checkpoints.transformers_models import load_classifier, load_tokenizer, max_length_of_config
+from splitquant_plugins.checkpoints.transformers_models import (
+    load_classifier,
+    load_model,
+    load_tokenizer,
+    max_length_of_config,
+)
 from splitquant_plugins.decoupleq.decoupleq_pass import DecoupleQPass
 from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.evaluation.metrics import accuracy, logits_of, max_length_of, measure, run_of, tokenize
 from splitquant_plugins.evaluation.peak_memory import PeakMemory
 from splitquant_plugins.evaluation.texts import LabelledTexts, load_texts, load_unlabelled
 from splitquant_plugins.passes.base import ModelPass
+from splitquant_plugins.passes.self_calibration import self_calibration
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.plugins import Plugins
 
 UNSPLIT = "none"
 DECOUPLEQ = "decoupleq"
 CALIBRATION_TEXTS = 256
-_NEED_CALIBRATION = "need calibration data: give --calibration FILE, a csv with a column text"
+OWN_TEXT = "self"
+_OWN_LENGTH = 256
+_NEED_CALIBRATION = "need calibration data: give --calibration FILE, a csv with a column text, or --calibration self"
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,13 @@ def plan_runs(
 
 
 def calibration_batches(model: str, source: str, limit: int = CALIBRATION_TEXTS) -> list[dict[str, Tensor]]:
-    """Tokenize the first texts of a csv for calibration; its labels, if any, are not read."""
+    """Tokenize the first texts of a csv for calibration; its labels, if any, are not read.
+
+    With the source `self` a causal language model writes as many sequences of its own.
+    """
+    if source == OWN_TEXT:
+        length = max_length_of_config(model, _OWN_LENGTH)
+        return self_calibration(load_model(model), sequences=limit, length=length)
     texts = load_unlabelled(source, limit)
     return tokenize(load_tokenizer(model), texts, max_length_of_config(model), batch_size=32)
 
