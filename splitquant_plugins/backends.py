@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 Choice = TypeVar("Choice", bound=str)
 Batch = Mapping[str, "Tensor"]
 ROUND_TO_NEAREST = "rtn"
-# Tensors of a packed layer whose names start so count as its stored bits.
-WEIGHT_PREFIX = "weight"
 
 
 @dataclass(frozen=True)
@@ -108,10 +106,15 @@ class Support:
 class Packer(ABC):
     """Quantizes single weights to what the backend saves for them; see `Backend.packer`.
 
-    `grid` is the grid that weights are rounded to. `pack` is called from several threads at once.
+    `grid` is the grid that weights are rounded to. Tensors of a layer whose names start with one of
+    `weight_prefixes` count as its stored bits. `packs_bias` tells that biases are saved in a form of the backend's
+    own, by `pack`; otherwise they are copied. Weights come as [out, in, ...], also those of layers that store
+    them transposed. `pack` is called from several threads at once.
     """
 
     grid: Grid
+    weight_prefixes: ClassVar[tuple[str, ...]] = ("weight",)
+    packs_bias: ClassVar[bool] = False
 
     @abstractmethod
     def quantized(self, model: nn.Module) -> Sequence[str]:
@@ -123,11 +126,17 @@ class Packer(ABC):
 
     @abstractmethod
     def spec(self, shape: torch.Size, dtype: torch.dtype, *, part: bool) -> dict[str, TensorSpec]:
-        """Return what `pack` makes of a weight, by the names it is saved under within the layer."""
+        """Return what `pack` makes of a weight, by the names it is saved under within the layer.
+
+        ConfigError for a weight that the backend cannot hold.
+        """
 
     @abstractmethod
-    def pack(self, weight: Tensor, *, part: bool) -> dict[str, Tensor]:
-        """Quantize a weight: one part of a split layer, or a layer that stays whole."""
+    def pack(self, weight: Tensor, bias: Tensor | None = None, *, part: bool) -> dict[str, Tensor]:
+        """Quantize a weight: one part of a split layer, or a layer that stays whole.
+
+        `bias` is given where there is one and `packs_bias` holds.
+        """
 
     @abstractmethod
     def describe(self, folder: Path, model: nn.Module, layers: Sequence[str], same_as: Mapping[str, str]) -> None:

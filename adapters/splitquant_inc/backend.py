@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from splitquant_plugins.backends import Backend, Batch, QuantizedModel, Support, WeightFormat
+from splitquant_plugins.backends import ROUND_TO_NEAREST, Backend, Batch, Packer, QuantizedModel, Support, WeightFormat
 from splitquant_plugins.errors import ConfigError, InputError
 from splitquant_plugins.manifest import ATTRIBUTE
 
@@ -58,6 +58,16 @@ class IncBackend(Backend):
 
         return IncRtnGrid(chosen.bits, chosen.scheme, chosen.group_size)
 
+    def packer(self, chosen: WeightFormat) -> Packer | None:
+        """Return what packs single weights as RTN does; other methods choose codes by data, or with a search."""
+        if chosen.method != ROUND_TO_NEAREST:
+            return None
+        _import_in_order()
+        from splitquant_inc.grid import IncRtnGrid
+        from splitquant_inc.packer import IncRtnPacker
+
+        return IncRtnPacker(IncRtnGrid(chosen.bits, chosen.scheme, chosen.group_size), _rtn(chosen))
+
     def quantize(
         self,
         model: nn.Module,
@@ -69,12 +79,12 @@ class IncBackend(Backend):
 
         Only GPTQ uses the batches. HQQ's zero points are not quantized.
         """
-        if find_spec("transformers") is not None:
-            import_module("transformers")  # INC fails where it is imported later
+        _import_in_order()
         from neural_compressor.torch.quantization import convert, prepare
 
         from splitquant_inc.storage import state_of
         from splitquant_inc.stored_layers import stored_layers
+        from splitquant_inc.weight_only import chosen_layers, widen_bfloat16
         from splitquant_plugins.checkpoints.tensors import state_bytes
         from splitquant_plugins.evaluation.metrics import run_of
         from splitquant_plugins.passes.module_tree import is_transformers_conv1d
@@ -82,6 +92,8 @@ class IncBackend(Backend):
         transposed = {name for name, module in model.named_modules() if is_transformers_conv1d(module)}
         recipe = _recipe(chosen, model)
         started = time.perf_counter()
+        if first is None and chosen.method == ROUND_TO_NEAREST:
+            widen_bfloat16(model, chosen_layers(recipe, model))
         model = prepare(model, recipe if first is None else first + recipe)
         if not getattr(model, "is_prepared", False):
             raise InputError(_nothing(model))
@@ -116,15 +128,30 @@ class IncBackend(Backend):
         return load(folder)
 
 
+def _import_in_order() -> None:
+    if find_spec("transformers") is not None:
+        import_module("transformers")  # INC fails where it is imported later
+
+
 def _nothing(model: nn.Module) -> str:
     return f"INC quantized no layer of this {type(model).__name__}; it takes Linear layers"
 
 
-def _recipe(chosen: WeightFormat, model: nn.Module) -> Any:
-    from neural_compressor.torch.quantization import GPTQConfig, HQQConfig, RTNConfig
+def _rtn(chosen: WeightFormat) -> Any:
+    from neural_compressor.torch.quantization import RTNConfig
 
-    symmetric = chosen.scheme == "symmetric"
-    if symmetric and chosen.method != "rtn":
+    group_size = -1 if chosen.group_size is None else chosen.group_size
+    return RTNConfig(
+        bits=chosen.bits, group_size=group_size, use_sym=chosen.scheme == "symmetric", use_layer_wise=False
+    )
+
+
+def _recipe(chosen: WeightFormat, model: nn.Module) -> Any:
+    from neural_compressor.torch.quantization import GPTQConfig, HQQConfig
+
+    if chosen.method == ROUND_TO_NEAREST:
+        return _rtn(chosen)
+    if chosen.scheme == "symmetric":
         raise ConfigError(f"backend inc has {chosen.method} with scheme 'affine' only")
     group_size = -1 if chosen.group_size is None else chosen.group_size
     if chosen.method == "hqq":
@@ -134,8 +161,6 @@ def _recipe(chosen: WeightFormat, model: nn.Module) -> Any:
             if isinstance(module, torch.nn.Linear) and group_size == -1 and module.out_features % (8 // chosen.bits):
                 recipe.set_local(name, HQQConfig(dtype="fp32"))
         return recipe
-    if chosen.method == "gptq":
-        # INC looks a model without a folder of its own up on the Hub.
-        path = getattr(model, "name_or_path", "") or "."
-        return GPTQConfig(bits=chosen.bits, group_size=group_size, use_sym=False, model_path=path)
-    return RTNConfig(bits=chosen.bits, group_size=group_size, use_sym=symmetric, use_layer_wise=False)
+    # INC looks a model without a folder of its own up on the Hub.
+    path = getattr(model, "name_or_path", "") or "."
+    return GPTQConfig(bits=chosen.bits, group_size=group_size, use_sym=False, model_path=path)

@@ -21,9 +21,9 @@ class IncRtnGrid:
 
     `group_size` None (INC: -1) gives each output channel one scale; otherwise runs of that many inputs share
     one, the last run of a channel being shorter where it must. Codes are chosen with the scale in 32 bits (or
-    in the weight's dtype, where that is narrower) and dequantized with the scale in 16 bits, in 16-bit
-    arithmetic. `full_range` is INC's `use_full_range`: a symmetric scale of max|w| / 2^(b-1), negative where
-    the largest magnitude is positive.
+    in the weight's dtype, where that is narrower; asymmetric codes of bfloat16 weights in 32 bits) and
+    dequantized with the scale in 16 bits, in 16-bit arithmetic. `full_range` is INC's `use_full_range`: a
+    symmetric scale of max|w| / 2^(b-1), negative where the largest magnitude is positive.
     """
 
     bits: int
@@ -97,7 +97,9 @@ class IncRtnGrid:
         return scale, torch.round(-low / scale)
 
     def quantize(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes (as floats of the groups' dtype) of 2-D `groups`, with their scale and zero point."""
+        """Codes (as floats) of 2-D `groups`, with their scale and zero point."""
+        if self.scheme == "affine" and groups.dtype == torch.bfloat16:
+            groups = groups.float()
         scale, zero_point = self.qparams(groups)
         # 0 / 0, where the scale of a 16-bit weight underflows, dequantizes to 0.
         codes = groups.clone().div_(scale).round_().nan_to_num_(nan=0.0)

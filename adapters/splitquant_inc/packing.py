@@ -116,7 +116,7 @@ def packed_layer(module: Any) -> tuple[PackedInc | PackedHqq, dict[str, Tensor]]
         ), tensors
     buffers = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
     if module.bias is not None:  # a buffer, or the float layer's parameter where its type was right
-        buffers["bias"] = module.bias.detach().to(module.float_type)
+        buffers["bias"] = module.bias.detach().to(module.float_type, copy=True)
     layer = PackedInc(
         in_features=module.in_features,
         out_features=module.out_features,
@@ -132,6 +132,24 @@ def packed_layer(module: Any) -> tuple[PackedInc | PackedHqq, dict[str, Tensor]]
         compression_dim=module.compression_dim,
     )
     return layer, buffers
+
+
+def rtn_layer(in_features: int, out_features: int, bits: int, group_size: int | None) -> PackedInc:
+    """Say how RTN packs a layer; `group_size` None is one group per output."""
+    return PackedInc(
+        in_features=in_features,
+        out_features=out_features,
+        dtype="int",
+        bits=bits,
+        group_size=in_features if group_size is None else group_size,
+        zp=True,
+        bias=True,
+        g_idx=False,
+        use_optimum_format=True,
+        scale_dtype="float32",
+        compression_dtype="int32",
+        compression_dim=1,
+    )
 
 
 def empty_module(layer: PackedInc) -> nn.Module:

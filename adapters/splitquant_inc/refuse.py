@@ -6,8 +6,6 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from splitquant_plugins.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -83,13 +81,4 @@ def refuse_ignored(in_blocks: list[str], chosen: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{name} is excluded by white_list or dtype='fp32', but INC's GPTQ quantizes every layer of a "
                 "transformer block; include it, or use RTNConfig or HQQConfig"
-            )
-
-
-def refuse_bfloat16(chosen: Mapping[str, Any], model: nn.Module) -> None:
-    """Refuse asymmetric bfloat16 weights, whose codes INC hands to numpy, which has no such type."""
-    for name, config in chosen.items():
-        if config.name == "rtn" and not config.use_sym and model.get_submodule(name).weight.dtype == torch.bfloat16:
-            raise ConfigError(
-                f"{name}: INC packs no asymmetric bfloat16 weights; call model.float() first, or use use_sym=True"
             )

@@ -1,9 +1,10 @@
 """Saving a model that INC has quantized as safetensors and JSON, and loading it back.
 
 A folder holds config.json (of a transformers model), model.safetensors (INC's packed codes, scales and zero
-points, and the rest of the state), splitquant_inc.json (how each layer is packed) and, for a split model,
-splitquant_manifest.json. INC's own `save` writes a pickle, and its `load` leaves a model float without a word
-where the split layers are not there; `load` rebuilds them first, and any misfit is an error.
+points, and the rest of the state) or shards of it with model.safetensors.index.json, splitquant_inc.json (how each
+layer is packed) and, for a split model, splitquant_manifest.json.
+INC's own `save` writes a pickle, and its `load` leaves a model float without a word where the split layers are not
+there; `load` rebuilds them first, and any misfit is an error.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch.fx import GraphModule
 from splitquant_inc.packing import PackedHqq, PackedInc, Storage, empty_module, packed_layer
 from splitquant_inc.stored_layers import quantized_layers
 from splitquant_plugins.checkpoints.files import write_json
-from splitquant_plugins.checkpoints.tensors import read_tensors, untied_state, write_tensors
+from splitquant_plugins.checkpoints.source import SINGLE_FILE
+from splitquant_plugins.checkpoints.tensors import read_state, untied_state, write_tensors
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
 from splitquant_plugins.manifest import ATTRIBUTE, FILE_NAME, Manifest
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d, replace_module
@@ -28,7 +30,6 @@ from splitquant_plugins.passes.rebuild import apply_manifest
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-WEIGHTS_FILE = "model.safetensors"
 STORAGE_FILE = "splitquant_inc.json"
 
 
@@ -48,19 +49,26 @@ def save(model: nn.Module, folder: str | Path) -> None:
     kept, same_as = untied_state(state)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS_FILE, kept)
-    write_json(folder / STORAGE_FILE, Storage(layers=layers, same_as=same_as).model_dump())
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "to_dict"):
-        options = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
-        write_json(folder / "config.json", {**options, "architectures": [type(model).__name__]})
+    write_tensors(folder / SINGLE_FILE, kept)
+    write_description(folder, model, layers, same_as)
     manifest = getattr(model, ATTRIBUTE, None)
     if manifest is not None:
         manifest.save(folder)
 
 
+def write_description(
+    folder: Path, model: nn.Module, layers: Mapping[str, PackedInc | PackedHqq], same_as: Mapping[str, str]
+) -> None:
+    """Write what stands beside the tensors, but for the manifest; of the model only its configuration is read."""
+    write_json(folder / STORAGE_FILE, Storage(layers=dict(layers), same_as=dict(same_as)).model_dump())
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        options = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+        write_json(folder / "config.json", {**options, "architectures": [type(model).__name__]})
+
+
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Load what `save` saved, in evaluation mode.
+    """Load what `save` or a streaming `splitquant quantize` saved, in evaluation mode.
 
     A transformers model is made from config.json; for any other, pass the unsplit float `model` to load into.
     Raises InputError for a missing or damaged file, SkeletonMismatchError where the files and the model do not
@@ -68,7 +76,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     """
     folder = Path(folder)
     storage = Storage.read(folder / STORAGE_FILE)
-    state = read_tensors(folder / WEIGHTS_FILE)
+    state = read_state(folder)
     for name, source in storage.same_as.items():
         if source not in state:
             raise SkeletonMismatchError(f"{folder}: tensor {name} is to share {source}, which is not there")

@@ -7,6 +7,7 @@ import glob
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from splitquant_inc.blocks import layers_in_blocks
@@ -17,7 +18,6 @@ from splitquant_inc.recipe import JOINED, PassFirst
 from splitquant_inc.refuse import (
     bits_of,
     is_integer,
-    refuse_bfloat16,
     refuse_clipping,
     refuse_ignored,
     refuse_import_order,
@@ -28,7 +28,7 @@ from splitquant_plugins.errors import ConfigError, InputError
 from splitquant_plugins.passes.checks import refuse_unfit_model
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from splitquant_plugins.grid import Grid
 
@@ -81,29 +81,23 @@ class WeightOnlyRecipe(PassFirst):
         refuse_wrapping(chosen)
         refuse_clipping(chosen)
         refuse_reload(self, chosen, model)
-        refuse_bfloat16(chosen, model)
         ignore = [glob.escape(name) for name, _ in model.named_modules() if name and name not in chosen]
         grids = {name: grid_of(config) for name, config in chosen.items()}
         rule = grids.get if any(grids.values()) else None
         self.first.apply(model, grid=rule, ignore=ignore)
-        own_weights(model, self._kinds())
+        own_weights(model, self._kinds(), chosen)
+        widen_bfloat16(model, chosen)
         if type(self).plain.__name__ == "HQQConfig":
             keep_zeros_exact(model, self.first.plugins)
 
     def _kinds(self) -> tuple[type[nn.Module], ...]:
-        from neural_compressor.torch.quantization.config import WOQ_WHITE_LIST
-
-        return (nn.Linear,) if self.name == "hqq" else tuple(WOQ_WHITE_LIST)  # type: ignore[attr-defined]
+        return _kinds_of(self)
 
     def _chosen(self, model: nn.Module) -> dict[str, Any]:
         """Options of the float layers that INC will quantize, by name."""
         infos = super().get_model_info(model=model)  # type: ignore[misc]
         mapping: Mapping[Info, Any] = super().to_config_mapping(model_info=infos)  # type: ignore[misc]
-        chosen = {
-            name: config
-            for (name, _), config in mapping.items()
-            if config.dtype != "fp32" and isinstance(model.get_submodule(name), self._kinds())
-        }
+        chosen = _quantized_layers(mapping, model, self._kinds())
         if self.name == "gptq":  # type: ignore[attr-defined]
             blocks, last = layers_in_blocks(model)
             refuse_ignored(blocks, chosen)
@@ -111,6 +105,29 @@ class WeightOnlyRecipe(PassFirst):
                 blocks = [*blocks, last]
             chosen = {name: config for name, config in chosen.items() if name in blocks}
         return chosen
+
+
+def chosen_layers(recipe: Any, model: nn.Module) -> dict[str, Any]:
+    """Options of the layers that INC will quantize with a configuration that has no pass, by name."""
+    asked = copy.deepcopy(recipe)  # INC adds to the options of the configuration that it asks
+    mapping = asked.to_config_mapping(model_info=asked.get_model_info(model=model))
+    return _quantized_layers(mapping, model, _kinds_of(recipe))
+
+
+def _quantized_layers(
+    mapping: Mapping[Info, Any], model: nn.Module, kinds: tuple[type[nn.Module], ...]
+) -> dict[str, Any]:
+    return {
+        name: config
+        for (name, _), config in mapping.items()
+        if config.dtype != "fp32" and isinstance(model.get_submodule(name), kinds)
+    }
+
+
+def _kinds_of(recipe: Any) -> tuple[type[nn.Module], ...]:
+    from neural_compressor.torch.quantization.config import WOQ_WHITE_LIST
+
+    return (nn.Linear,) if recipe.name == "hqq" else tuple(WOQ_WHITE_LIST)
 
 
 def grid_of(config: Any) -> Grid | None:
@@ -131,13 +148,25 @@ def grid_of(config: Any) -> Grid | None:
     )
 
 
-def own_weights(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
-    """Give every layer that INC may quantize a weight of its own: INC writes codes into the float weight."""
+def own_weights(model: nn.Module, kinds: tuple[type[nn.Module], ...], chosen: Iterable[str]) -> None:
+    """Give the `chosen` layers, or their parts, weights of their own: INC writes codes into the float weight."""
     holders: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             holders[parameter.data_ptr()] = holders.get(parameter.data_ptr(), 0) + 1
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
+    modules = [part for name in chosen for part in model.get_submodule(name).modules()]
+    layers: list[Any] = [module for module in modules if isinstance(module, kinds)]
     for module in layers:
         if holders[module.weight.data_ptr()] > 1:
             module.weight = nn.Parameter(module.weight.detach().clone(), module.weight.requires_grad)
+
+
+def widen_bfloat16(model: nn.Module, chosen: Mapping[str, Any]) -> None:
+    """Give RTN's asymmetric layers, or their parts, weights of 32 bits: INC hands numpy codes of the weight's dtype."""
+    for name, config in chosen.items():
+        if config.name != "rtn" or config.use_sym:
+            continue
+        for module in model.get_submodule(name).modules():
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.dtype == torch.bfloat16:
+                module.weight = nn.Parameter(weight.detach().float(), requires_grad=False)

@@ -57,7 +57,7 @@ class QuantoBackend(Backend):
         """Return what packs single weights as quanto does; None where values are not those rounded to."""
         if chosen.method != ROUND_TO_NEAREST:
             return None
-        from splitquant_quanto.streaming import QuantoPacker
+        from splitquant_quanto.packer import QuantoPacker
 
         return QuantoPacker(chosen.bits)
 

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from splitquant_plugins.checkpoints.files import read_json, write_json
 from splitquant_plugins.checkpoints.headers import TensorSpec
-from splitquant_plugins.checkpoints.source import Source, is_sharded
-from splitquant_plugins.checkpoints.tensors import read_tensors, untied_state, write_tensors
+from splitquant_plugins.checkpoints.source import SINGLE_FILE
+from splitquant_plugins.checkpoints.tensors import read_state, untied_state, write_tensors
 from splitquant_plugins.checkpoints.transformers_models import empty_model, load_config
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
 from splitquant_plugins.manifest import FILE_NAME, Manifest, manifest_of
@@ -34,7 +34,6 @@ from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_quanto.grid import group_size_of
 from splitquant_quanto.quantization import LAYERS, quantize_after
 
-WEIGHTS_FILE = "model.safetensors"
 QMAP_FILE = "quanto_qmap.json"
 STORAGE_FILE = "splitquant_storage.json"
 ACTIVATION_SCALES = ("input_scale", "output_scale")
@@ -74,7 +73,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     # The manifest is written last, and `load` wants it first: a folder whose saving broke off does not load.
     (folder / FILE_NAME).unlink(missing_ok=True)
     state, same_as = untied_state(model.state_dict())
-    write_tensors(folder / WEIGHTS_FILE, state)
+    write_tensors(folder / SINGLE_FILE, state)
     write_description(folder, model, qmap, same_as)
     manifest.save(folder)
 
@@ -111,7 +110,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     for name in qmap:
         if name not in dict(model.named_modules()):
             raise SkeletonMismatchError(f"{folder} quantizes {name}, which {type(model).__name__} does not have")
-    state = _read_state(folder)
+    state = read_state(folder)
     for name, source in storage.same_as.items():
         if source not in state:
             raise SkeletonMismatchError(f"{folder}: tensor {name} is to share {source}, which is not there")
@@ -160,14 +159,6 @@ class QuantizedSplitModel(QuantizedTransformersModel):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save(self._wrapped, save_directory)
-
-
-def _read_state(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of one file or of shards, whose index and headers are checked first."""
-    if (folder / WEIGHTS_FILE).is_file() or not is_sharded(folder):
-        return read_tensors(folder / WEIGHTS_FILE)
-    source = Source(folder)
-    return {name: source.read(name) for name in source.names}
 
 
 def _config_of(folder: Path) -> Any:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from splitquant_plugins.checkpoints.files import write_atomically
+from splitquant_plugins.checkpoints.source import SINGLE_FILE, Source, is_sharded
 from splitquant_plugins.errors import InputError
 
 
@@ -47,6 +48,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged: {error}") from None
+
+
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of a folder, of one file or of shards, whose index and headers are checked first."""
+    if (folder / SINGLE_FILE).is_file() or not is_sharded(folder):
+        return read_tensors(folder / SINGLE_FILE)
+    source = Source(folder)
+    return {name: source.read(name) for name in source.names}
 
 
 def state_bytes(state: Mapping[str, Tensor]) -> int:

@@ -17,7 +17,7 @@ from splitquant_plugins.checkpoints.source import Source
 from splitquant_plugins.checkpoints.transformers_models import empty_model, load_config
 from splitquant_plugins.errors import AlreadyQuantizedError, ConfigError, InputError
 from splitquant_plugins.modules import part_names
-from splitquant_plugins.passes.module_tree import occurrences
+from splitquant_plugins.passes.module_tree import is_transformers_conv1d, occurrences
 from splitquant_plugins.passes.select import Layer, select_layers
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.plan import LayerPlan
@@ -30,7 +30,8 @@ class Unit:
     """One step of the work: a layer to be split and packed, one to be packed whole, or a tensor to be copied.
 
     `names` are those of the layer, or of the tensor; what is written goes under the first. `sources` are the
-    tensors of the checkpoint by parameter name ("" for a tensor that is copied).
+    tensors of the checkpoint by parameter name ("" for a tensor that is copied). A `transposed` layer stores its
+    weight as [in, out].
     """
 
     names: tuple[str, ...]
@@ -38,6 +39,7 @@ class Unit:
     outputs: tuple[tuple[str, TensorSpec], ...]
     kind: Literal["split", "whole", "copy"]
     plan: LayerPlan | None = None
+    transposed: bool = False
 
     @property
     def bytes(self) -> int:
@@ -97,7 +99,8 @@ def make_layout(source: Source, first: SplitQuantPass, packer: Packer) -> Layout
     if not quantized:
         raise InputError(f"there is no layer to quantize in {type(model).__name__}")
     for layer in selection.split:
-        if layer.name not in quantized or layer.plan.weight is not layer.module.weight:
+        as_stored = layer.plan.weight is layer.module.weight or is_transformers_conv1d(layer.module)
+        if layer.name not in quantized or not as_stored:
             raise ConfigError(f"streaming cannot pack {layer.name}, a {layer.plan.kind}; exclude it, or {IN_MEMORY}")
     parameters = _Parameters(model, source, dtype)
     units: list[Unit] = []
@@ -108,18 +111,22 @@ def make_layout(source: Source, first: SplitQuantPass, packer: Packer) -> Layout
         if names[0] not in quantized:
             continue
         split = names[0] in chosen
-        # A whole layer's bias is a tensor like any other; a split one's becomes those of the parts.
+        # A split layer's bias becomes those of the parts; a whole one's is packed with it or a tensor like any.
         roles = [role for role in module._parameters if module._parameters[role] is not None]
-        taken = roles if split else ["weight"]
+        taken = roles if split or packer.packs_bias else ["weight"]
         sources = {role: parameters.source_of(_join(names[0], role)) for role in taken}
         consumed.update(_join(name, role) for name in names for role in taken)
         if split and shared.setdefault(sources["weight"], names[0]) != names[0]:
             raise ConfigError(
                 f"{shared[sources['weight']]} and {names[0]} have one weight, which streaming cannot split; {IN_MEMORY}"
             )
+        transposed = is_transformers_conv1d(module)
         specs = {role: parameters.spec_of(name) for role, name in sources.items()}
+        if transposed:
+            specs["weight"] = TensorSpec(specs["weight"].dtype, specs["weight"].shape[::-1])
         outputs = _outputs(names[0], specs, packer, first.config.k if split else 0)
-        units.append(Unit(tuple(names), sources, outputs, "split" if split else "whole", chosen.get(names[0])))
+        kind: Literal["split", "whole"] = "split" if split else "whole"
+        units.append(Unit(tuple(names), sources, outputs, kind, chosen.get(names[0]), transposed))
     for group in parameters.tied_groups(consumed):
         origin = parameters.source_of(group[0])
         units.append(Unit(tuple(group), {"": origin}, ((group[0], parameters.spec_of(origin)),), "copy"))
@@ -141,7 +148,8 @@ def _outputs(layer: str, specs: Mapping[str, TensorSpec], packer: Packer, k: int
         raise ConfigError(f"{layer}: {error}") from None
     if k == 0:
         return tuple((_join(layer, key), spec) for key, spec in made.items())
-    made.update({role: spec for role, spec in specs.items() if role != "weight"})
+    if not packer.packs_bias:
+        made.update({role: spec for role, spec in specs.items() if role != "weight"})
     parts = [_join(layer, part) for part in part_names(max(k, 2))]
     return tuple((_join(part, key), spec) for part in parts for key, spec in made.items())
 

@@ -104,7 +104,8 @@ def _stream(chosen: Backend, model: str, form: WeightFormat, first: SplitQuantPa
     packer = chosen.packer(form)
     if packer is None:
         raise ConfigError(
-            f"backend {chosen.name} cannot stream {form.weights} ({form.method}); leave out --stream, or use quanto"
+            f"backend {chosen.name} cannot stream {form.weights} ({form.method}); leave out --stream, or use quanto or "
+            "inc"
         )
     folder = Path(model)
     if not folder.is_dir():

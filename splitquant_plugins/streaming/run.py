@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from splitquant_plugins.backends import WEIGHT_PREFIX, Packer
+from splitquant_plugins.backends import Packer
 from splitquant_plugins.checkpoints.files import write_json
 from splitquant_plugins.checkpoints.headers import TensorSpec, longest_header
 from splitquant_plugins.checkpoints.source import INDEX_FILE, Source
@@ -150,11 +150,12 @@ class _Run:
             writer.add(name, spec, self._source.blocks(unit.sources[""], spec.dtype))
             record.tensors[name] = spec.bytes
             return
+        prefixes = self._packer.weight_prefixes
         for name, tensor in done.tensors.items():
             spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
             writer.add(name, spec, [tensor])
             record.tensors[name] = spec.bytes
-            if any(name.startswith(f"{layer}.{WEIGHT_PREFIX}") for layer in done.packed):
+            if any(name.startswith(f"{layer}.{prefix}") for layer in done.packed for prefix in prefixes):
                 record.bits += 8 * spec.bytes
             for alias in unit.names[1:]:
                 record.same_as[alias + name.removeprefix(unit.names[0])] = name
@@ -174,6 +175,8 @@ class _Run:
         tensors = {role: self._source.read(name, self._layout.dtypes[name]) for role, name in unit.sources.items()}
         for role, name in unit.sources.items():
             _refuse_unfit_values(name, tensors[role])
+        if unit.transposed:
+            tensors["weight"] = tensors["weight"].t()
         name = unit.names[0]
         done = _Done()
         parts: list[tuple[str, Tensor, Tensor | None]] = []
@@ -192,9 +195,9 @@ class _Run:
         while parts:  # each is let go of as soon as it is packed
             owner, weight, bias = parts.pop(0)
             done.packed.append(owner)
-            packed = self._packer.pack(weight, part=is_part)
+            packed = self._packer.pack(weight, bias if self._packer.packs_bias else None, part=is_part)
             done.tensors.update({f"{owner}.{key}": value for key, value in packed.items()})
-            if bias is not None:
+            if bias is not None and not self._packer.packs_bias:
                 done.tensors[f"{owner}.bias"] = bias
         done.pack_seconds = time.perf_counter() - started
         return done

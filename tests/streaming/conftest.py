@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +15,9 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("optimum.quanto")
+with warnings.catch_warnings():  # torchao deprecates some of its own enums while INC imports it
+    warnings.simplefilter("ignore")
+    HAS_INC = find_spec("neural_compressor") is not None and import_module("neural_compressor.torch.quantization")
 
 LLAMA = {
     "hidden_size": 64,
@@ -43,6 +49,14 @@ def make_bert(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     return BertForSequenceClassification(BertConfig(**{**BERT, **options})).to(dtype)
 
 
+def make_gpt2(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A model whose layers store their weights transposed."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 99, "n_positions": 24}
+    return GPT2LMHeadModel(GPT2Config(**{**sizes, **options})).to(dtype)
+
+
 def make_masked(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A model whose head shares the embedding's weight, and its own bias with its parent."""
     from transformers import BertConfig, BertForMaskedLM
@@ -60,20 +74,25 @@ def checkpoints(tmp_path: Path) -> SimpleNamespace:
         assert (folder / "model.safetensors.index.json").exists()
         return folder
 
-    return SimpleNamespace(llama=make_llama, bert=make_bert, masked=make_masked, save=save)
+    return SimpleNamespace(llama=make_llama, gpt2=make_gpt2, bert=make_bert, masked=make_masked, save=save)
 
 
 @pytest.fixture
 def stream(plugins: Any, tmp_path: Path) -> Callable[..., Any]:
-    """Stream a checkpoint with quanto; options are those of the pass and of `stream_model`."""
+    """Stream a checkpoint, with quanto unless told; options are those of the pass and of `stream_model`."""
     from splitquant_plugins import SplitQuantPass
     from splitquant_plugins.backends import WeightRequest
     from splitquant_plugins.streaming.run import stream_model
 
     def run(
-        folder: Path, name: str = "streamed", weights: str = "int4", shard_bytes: int = 20_000, **options: Any
+        folder: Path,
+        name: str = "streamed",
+        weights: str = "int4",
+        shard_bytes: int = 20_000,
+        backend_name: str = "quanto",
+        **options: Any,
     ) -> Any:
-        backend = plugins.backend("quanto")
+        backend = plugins.backend(backend_name)
         form = backend.resolve(WeightRequest(weights))
         own = {key: options.pop(key) for key in ("working_bytes", "extras") if key in options}
         first = SplitQuantPass(plugins=plugins, **options)

@@ -8,7 +8,7 @@ from torch import nn
 
 quanto = pytest.importorskip("optimum.quanto")
 
-from splitquant_quanto import streaming  # noqa: E402
+from splitquant_quanto import packer  # noqa: E402
 from splitquant_quanto.optimizer import make_zero_exact  # noqa: E402
 
 from splitquant_plugins.checkpoints.headers import TensorSpec  # noqa: E402
@@ -26,9 +26,10 @@ def by_quanto(layer, bits, part):
 
 
 def assert_packed_alike(layer, bits, part):
-    packer = streaming.QuantoPacker(bits)
+    quanto_packer = packer.QuantoPacker(bits)
     weight = layer.weight.detach().clone()
-    found, spec = packer.pack(weight, part=part), packer.spec(weight.shape, weight.dtype, part=part)
+    found = quanto_packer.pack(weight, part=part)
+    spec = quanto_packer.spec(weight.shape, weight.dtype, part=part)
     assert {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in found.items()} == spec
     expected = by_quanto(layer, bits, part)
     assert found.keys() == expected.keys()
@@ -57,14 +58,14 @@ def test_linear(rows, width, bits, dtype, part, block, seed):
     with torch.no_grad():
         layer.weight.copy_(weight)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "BLOCK", block)
+        patch.setattr(packer, "BLOCK", block)
         assert_packed_alike(layer.to(dtype), bits, part)
 
 
 @pytest.mark.parametrize("part", [False, True])
 @pytest.mark.parametrize("rows", [16, 80])
 def test_the_format_of_torchs_own_kernel(monkeypatch, rows, part):
-    monkeypatch.setattr(streaming, "BLOCK", 3000)
+    monkeypatch.setattr(packer, "BLOCK", 3000)
     layer = nn.Linear(256, rows, bias=False)
     with torch.no_grad():  # ranges far from symmetric, whose shifts that format rounds
         layer.weight.copy_(torch.rand(rows, 256) ** 3 - 0.1 * torch.rand(rows, 1))
@@ -76,5 +77,5 @@ def test_the_format_of_torchs_own_kernel(monkeypatch, rows, part):
 @pytest.mark.parametrize("sizes", [(3, 9, 3), (16, 66, 3), (32, 40, 1)])
 def test_convolutions(monkeypatch, bits, dtype, sizes):
     inputs, outputs, kernel = sizes
-    monkeypatch.setattr(streaming, "BLOCK", 700)
+    monkeypatch.setattr(packer, "BLOCK", 700)
     assert_packed_alike(nn.Conv2d(inputs, outputs, kernel, bias=False).to(dtype), bits, True)

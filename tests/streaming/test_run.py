@@ -22,8 +22,11 @@ from splitquant_plugins.manifest import Manifest
 from splitquant_plugins.streaming import run, workplace, writer
 from splitquant_plugins.streaming.quantize_model import quantize_model
 
-BESIDE = ("config.json", "quanto_qmap.json", "splitquant_storage.json")
+BESIDE = ("config.json", "quanto_qmap.json", "splitquant_storage.json", "splitquant_inc.json")
 IDS = torch.arange(3, 15).reshape(1, 12)
+
+
+INDEX = "model.safetensors.index.json"
 
 
 def untimed(folder: Path) -> Manifest:
@@ -38,8 +41,12 @@ def assert_same_folders(one: Path, other: Path, read_all) -> None:
     for name, tensor in expected.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+    assert {path.name for path in other.glob("*.json")} - {INDEX} == {path.name for path in one.glob("*.json")} - {
+        INDEX
+    }
     for name in BESIDE:
-        assert json.loads((other / name).read_text()) == json.loads((one / name).read_text()), name
+        if (one / name).exists():
+            assert json.loads((other / name).read_text()) == json.loads((one / name).read_text()), name
     assert untimed(other) == untimed(one)
 
 
@@ -59,9 +66,9 @@ CASES = [
 def test_it_is_what_the_model_in_memory_becomes(
     plugins, checkpoints, tmp_path, read_all, monkeypatch, kind, weights, dtype, sizes, options
 ):
-    from splitquant_quanto import load, streaming
+    from splitquant_quanto import load, packer
 
-    monkeypatch.setattr(streaming, "BLOCK", 1500)
+    monkeypatch.setattr(packer, "BLOCK", 1500)
     monkeypatch.setattr(run, "SHARD_BYTES", 20_000)
     folder = checkpoints.save(getattr(checkpoints, kind)(dtype, **sizes))
     (folder / "tokenizer.json").write_text("{}")
@@ -78,6 +85,43 @@ def test_it_is_what_the_model_in_memory_becomes(
     assert (tmp_path / "None" / "tokenizer.json").is_file()
     assert not (tmp_path / "None.partial").exists()
     one, other = load(tmp_path / "False"), load(tmp_path / "None")
+    with torch.no_grad():
+        assert torch.equal(one(IDS).logits, other(IDS).logits)
+
+
+INC_CASES = [
+    ("bert", "int2", torch.float32, {"num_labels": 1}, {}, {}),
+    ("bert", "int4", torch.float16, {}, {"k": 2, "granularity": "channel"}, {"granularity": "group"}),
+    ("bert", "int4", torch.float32, {}, {"exclude": "*.attention.*"}, {"scheme": "symmetric"}),
+    ("masked", "int8", torch.float16, {}, {"split_bias": False}, {}),
+    ("masked", "int4", torch.float32, {}, {"untie_embeddings": True}, {}),
+    ("llama", "int4", torch.bfloat16, {}, {"k": 2}, {}),
+    ("llama", "int2", torch.bfloat16, {"tie_word_embeddings": False}, {}, {"scheme": "symmetric"}),
+    ("gpt2", "int4", torch.float32, {}, {"exclude": "*.mlp.*"}, {"granularity": "group", "group_size": 24}),
+]
+
+
+@pytest.mark.parametrize(("kind", "weights", "dtype", "sizes", "options", "form"), INC_CASES)
+def test_with_inc_too(
+    plugins, checkpoints, tmp_path, read_all, monkeypatch, kind, weights, dtype, sizes, options, form
+):
+    pytest.importorskip("neural_compressor.torch")
+    from splitquant_inc import load, packer
+
+    monkeypatch.setattr(packer, "BLOCK", 1500)
+    monkeypatch.setattr(run, "SHARD_BYTES", 20_000)
+    folder = checkpoints.save(getattr(checkpoints, kind)(dtype, **sizes))
+    request = WeightRequest(weights, **form)
+    whole, streamed = (
+        quantize_model(plugins, str(folder), "inc", request, "kmeans", tmp_path / str(stream), dict(options), stream)
+        for stream in (False, None)
+    )
+    assert (whole["streamed"], streamed["streamed"]) == (False, True)
+    for column in ("layers_split", "layers_quantized", "bits_per_weight", "model_bytes", "k", "scheme"):
+        assert streamed[column] == whole[column], column
+    assert_same_folders(tmp_path / "False", tmp_path / "None", read_all)
+    # INC computes in 32 bits on a CPU, and so must the layers that it leaves alone.
+    one, other = load(tmp_path / "False").float(), load(tmp_path / "None").float()
     with torch.no_grad():
         assert torch.equal(one(IDS).logits, other(IDS).logits)
 

@@ -53,15 +53,17 @@ def test_full_range_is_incs_to_the_bit(seed: int, bits: int, size: int) -> None:
 
 
 @pytest.mark.parametrize("sym", [True, False])
-def test_bfloat16_is_for_symmetric_weights(sym: bool) -> None:
+def test_bfloat16(sym: bool) -> None:
     weight = every_kind_of_row(1).bfloat16()
     if sym:
         assert torch.equal(
             ours(4, True, -1).quantize_dequantize(weight), by_inc(weight, 4, True, -1).recover().bfloat16()
         )
     else:
-        with pytest.raises(TypeError, match="BFloat16"):  # once INC packs these, refuse_bfloat16 can go
+        with pytest.raises(TypeError, match="BFloat16"):  # once INC packs these, widen_bfloat16 can go
             by_inc(weight, 4, False, -1)
+        widened = by_inc(weight.float(), 4, False, -1).recover().bfloat16()
+        assert torch.equal(ours(4, False, -1).quantize_dequantize(weight), widened)
 
 
 @pytest.mark.parametrize(("bits", "sym", "size"), FORMATS)

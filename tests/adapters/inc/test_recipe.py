@@ -295,3 +295,18 @@ def test_joined_kinds_are_refused_and_inc_still_quantizes_nothing(net, split_pas
         quantize(net(), HQQConfig() + (split_pass() + rtn()))
     with pytest.raises(ConfigError, match="put the pass first"):
         rtn() + (split_pass() + rtn())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("group_size", [-1, 6])
+def test_asymmetric_bfloat16_weights_are_what_they_are_in_32_bits(net, split_pass, quantized, group_size):
+    recipe = RTNConfig(use_sym=False, bits=2, group_size=group_size, use_layer_wise=False)
+    recipe.set_local("layers.1.*", RTNConfig(use_sym=True, use_layer_wise=False))
+    narrow = net().bfloat16()
+    wide = copy.deepcopy(narrow).float()
+    found, expected = (quantized(quantize(model, split_pass() + recipe)) for model in (narrow, wide))
+    assert found.keys() == expected.keys()
+    for name, module in found.items():
+        if not name.startswith("layers.1"):
+            assert torch.equal(module.qweight, expected[name].qweight)
+            assert torch.equal(module.scales, expected[name].scales)

@@ -96,12 +96,6 @@ def test_layers_excluded_from_gptq_are_refused_and_still_quantized(net, split_pa
     assert "layers.0.down" in quantized(convert(model)), MENDED
 
 
-def test_asymmetric_bfloat16_is_refused(net, split_pass):
-    with pytest.raises(ConfigError, match="bfloat16"):
-        quantize(net().bfloat16(), split_pass() + RTNConfig(use_sym=False))
-    quantize(net().bfloat16(), split_pass() + RTNConfig(use_sym=True))
-
-
 def test_transformers_after_inc_is_refused_and_still_fails(python_path):
     script = """
 import logging, warnings; warnings.simplefilter("ignore")

@@ -42,8 +42,8 @@ class QuantoPacker(Packer):
         refuse_tinygemm_rows(shape, dtype, self.bits)
         return saved_tensors(shape, dtype, self.bits, part=part)
 
-    def pack(self, weight: Tensor, *, part: bool) -> dict[str, Tensor]:
-        """Quantize a weight to what quanto saves for it."""
+    def pack(self, weight: Tensor, bias: Tensor | None = None, *, part: bool) -> dict[str, Tensor]:
+        """Quantize a weight to what quanto saves for it; it saves biases as they are."""
         last = {name: torch.ones((), dtype=weight.dtype) for name in ACTIVATION_SCALES}
         size = group_size_of(weight.shape[1:].numel(), self.bits)
         rows = weight if size is None else weight.reshape(-1, size)
