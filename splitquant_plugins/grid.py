@@ -158,14 +158,15 @@ class UniformGrid:
         """Codes (as floats) of 2-D `groups`, with their scale and zero point."""
         scale, zero_point = self.qparams(groups)
         qmin, qmax = self.quant_min, self.quant_max
-        return (torch.round(groups / scale) + zero_point).clamp(qmin, qmax), scale, zero_point
+        codes = (groups / scale).round_().add_(zero_point).clamp_(qmin, qmax)  # in place: fresh pages cost the most
+        return codes, scale, zero_point
 
     def quantize_dequantize(self, tensor: Tensor) -> Tensor:
         """Round a tensor to the grid that it would get by itself."""
         rounded = []
         for groups in self.groups(tensor):
             codes, scale, zero_point = self.quantize(groups)
-            rounded.append((codes - zero_point) * scale)
+            rounded.append(codes.sub_(zero_point).mul_(scale))
         return self.from_groups(rounded, tensor.shape)
 
     def stored_bits(self, shape: torch.Size) -> int:

@@ -17,12 +17,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from splitquant_plugins.compiled import compiled
 
+if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
@@ -40,14 +39,7 @@ TIGHT = 1e-5
 _FEW = 32
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    try:
-        return numba.njit(function, nogil=True, cache=True, error_model="numpy", no_cfunc_wrapper=True)
-    except RuntimeError:  # no folder for the cache can be written to: compile in each process
-        return numba.njit(function, nogil=True, error_model="numpy", no_cfunc_wrapper=True)
-
-
-@_compiled
+@compiled
 def tally(values: Array, frame: Array, table: Array) -> None:
     """Add to table [bins + 1, 2] how many values each bin has, and the sum of their coordinates."""
     scale, origin, start = frame[0], frame[1], frame[2]
@@ -58,7 +50,7 @@ def tally(values: Array, frame: Array, table: Array) -> None:
         table[number, 1] += place
 
 
-@_compiled
+@compiled
 def filled_bins(table: Array, frame: Array) -> tuple[Bins, float]:
     """The bins [m] that are not empty, as items around the mean: (numbers, prefixes, ends); and the mean.
 
@@ -82,13 +74,13 @@ def filled_bins(table: Array, frame: Array) -> tuple[Bins, float]:
     return (numbers[:m], prefixes[: m + 1], ends), mean
 
 
-@_compiled
+@compiled
 def _center(prefixes: Array, first: int, last: int, empty: float) -> float:
     weight = prefixes[last, 0] - prefixes[first, 0]
     return (prefixes[last, 1] - prefixes[first, 1]) / weight if weight > 0 else empty
 
 
-@_compiled
+@compiled
 def _place(table: Array, column: int, least: float, start: int, stop: int) -> int:
     """The first row in start..stop whose entry is not below `least`, in ascending order; `stop` if none is."""
     left = stop - start
@@ -100,7 +92,7 @@ def _place(table: Array, column: int, least: float, start: int, stop: int) -> in
     return start
 
 
-@_compiled
+@compiled
 def bracket(prefixes: Array, ends: Array, low: Array, high: Array) -> None:
     """Raise low [k - 1] and lower high [k - 1], as far as they stay around the cuts of every optimum.
 
@@ -128,7 +120,7 @@ def bracket(prefixes: Array, ends: Array, low: Array, high: Array) -> None:
             break
 
 
-@_compiled
+@compiled
 def gather(values: Array, frame: Array, mean: float, wanted: Array, found: Array) -> tuple[int, float]:
     """Copy the values whose bins are wanted to `found`, one longer; their number, and all values' squares.
 
@@ -144,7 +136,7 @@ def gather(values: Array, frame: Array, mean: float, wanted: Array, found: Array
     return m, squares
 
 
-@_compiled
+@compiled
 def sort(values: Array, frame: Array, runs: Array, bins: Bins, slots: Array, ordered: Array) -> None:
     """Sort the values of the bins in `runs` to `ordered`: first by bins, for which `slots` has room; then Shell's sort.
 
@@ -179,7 +171,7 @@ def sort(values: Array, frame: Array, runs: Array, bins: Bins, slots: Array, ord
         gap = 1 if gap == 2 else gap * 5 // 11
 
 
-@_compiled
+@compiled
 def itemize(values: Array, frame: Array, mean: float, runs: Array, bins: Bins) -> Items:
     """The items of the values, given in ascending order, of the bins in `runs`; the bins between runs are joined.
 
@@ -215,13 +207,13 @@ def itemize(values: Array, frame: Array, mean: float, runs: Array, bins: Bins) -
     return new_prefixes[: m + 1], new_ends[:m], members[:m]
 
 
-@_compiled
+@compiled
 def _gain(prefixes: Array, first: int, last: int) -> float:
     weight, total = prefixes[last, 0] - prefixes[first, 0], prefixes[last, 1] - prefixes[first, 1]
     return total * total / weight if weight > 0 else -np.inf
 
 
-@_compiled
+@compiled
 def best_cuts(prefixes: Array, low: Array, high: Array) -> Array:
     """The cuts [k - 1] between low and high [k - 1] of greatest gain, exactly.
 
@@ -270,7 +262,7 @@ def best_cuts(prefixes: Array, low: Array, high: Array) -> Array:
     return found
 
 
-@_compiled
+@compiled
 def solve(items: Items, frame: Array, mean: float, low: Array, high: Array, answers: Answers) -> float:
     """Write to the answers the optimum's boundaries [k - 1], centres [k] and counts [k]; returns its gain.
 
@@ -303,7 +295,7 @@ def solve(items: Items, frame: Array, mean: float, low: Array, high: Array, answ
     return gain
 
 
-@_compiled
+@compiled
 def possible_bins(k: int, bins: Bins, wanted: Array) -> tuple[Array, Array, Array]:
     """Positions low, high [k - 1] around every optimum's cuts among the bins, and which bins they need.
 
@@ -331,7 +323,7 @@ def possible_bins(k: int, bins: Bins, wanted: Array) -> tuple[Array, Array, Arra
     return low, high, runs[:r]
 
 
-@_compiled
+@compiled
 def solve_chosen(
     values: Array, frame: Array, mean: float, bins: Bins, low: Array, high: Array, runs: Array, answers: Answers
 ) -> float:
@@ -344,7 +336,7 @@ def solve_chosen(
     return solve(items, frame, mean, low, high, answers)
 
 
-@_compiled
+@compiled
 def distances(values: Array, scale: float, boundaries: Array, centers: Array) -> float:
     """Summed squared distances, times scale, of the values from their clusters' centres."""
     total = 0.0
@@ -357,7 +349,7 @@ def distances(values: Array, scale: float, boundaries: Array, centers: Array) ->
     return total
 
 
-@_compiled
+@compiled
 def cluster_rows(
     rows: Array, frames: Array, size: int, boundaries: Array, centers: Array, counts: Array, inertia: Array
 ) -> None:

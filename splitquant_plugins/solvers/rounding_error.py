@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from splitquant_plugins.parallel import CHUNK, in_threads
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -13,14 +15,71 @@ if TYPE_CHECKING:
 
     from splitquant_plugins.grid import Grid
 
+_WHOLE = 1 << 17  # weights that are measured at once
+_TRIED = 1 << 12
+
 
 def quantized_sum(parts: Sequence[Tensor], grid: Grid) -> Tensor:
     """Sum of the parts, each rounded by itself as the backend will; float32 or wider."""
     wide = torch.promote_types(parts[0].dtype, torch.float32)
     total = grid.quantize_dequantize(parts[0]).to(wide)
-    for part in parts[1:]:
-        total = total + grid.quantize_dequantize(part).to(wide)
+    for number, part in enumerate(parts[1:]):
+        rounded = grid.quantize_dequantize(part).to(wide)
+        total = total.add_(rounded) if number else total + rounded
     return total
+
+
+def split_error(tensor: Tensor, parts: Sequence[Tensor], grid: Grid, second_moment: Tensor | None = None) -> Tensor:
+    """`row_error` of the parts as the backend will round them, in little memory: float64 [tensor.shape[0]].
+
+    Rows, or runs of values on a per-tensor grid, are rounded one after the other where the grid turns out to round
+    them as it does together.
+    """
+    if second_moment is not None or tensor.numel() <= _WHOLE or not all(part.is_contiguous() for part in parts):
+        return row_error(tensor, quantized_sum(parts, grid), second_moment)
+    by_ends = grid.granularity == "tensor" or tensor.ndim < 2
+    if not (rounds_by_ends(grid, tensor) if by_ends else rounds_rows_alone(grid, tensor)):
+        return row_error(tensor, quantized_sum(parts, grid))
+    rows = 1 if tensor.ndim < 2 else len(tensor)
+    n = tensor.numel() // rows
+    step = max(1, CHUNK // n)
+    ends = [torch.stack(torch.aminmax(part)) for part in parts] if by_ends else []
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+
+    def work(index: slice) -> Tensor:
+        here = tensor.reshape(rows, n)[index]
+        if not by_ends:
+            here = here.reshape(-1, *tensor.shape[1:])
+            return row_error(here, quantized_sum([part[index] for part in parts], grid))
+        error = torch.zeros(len(here), dtype=torch.float64, device=tensor.device)
+        for left in range(0, n, CHUNK):
+            columns = slice(left, left + CHUNK)
+            total = torch.zeros_like(here[:, columns], dtype=wide)
+            for part, both in zip(parts, ends, strict=True):
+                run = part.reshape(rows, n)[index, columns]
+                rounded = grid.quantize_dequantize(torch.cat([run.flatten(), both]).reshape(1, -1))
+                total += rounded[0, :-2].reshape(run.shape).to(wide)
+            error += row_error(here[:, columns], total)
+        return error
+
+    return torch.cat(in_threads(work, [slice(at, min(at + step, rows)) for at in range(0, rows, step)]))
+
+
+def rounds_rows_alone(grid: Grid, tensor: Tensor) -> bool:
+    """Whether the grid rounds every row (dimension 0) of a tensor as it would by itself, tried on two of them."""
+    if len(tensor) < 2:
+        return False
+    two = torch.stack([tensor[0], tensor[-1] * 64])
+    both = grid.quantize_dequantize(two)
+    return all(torch.equal(grid.quantize_dequantize(two[i : i + 1])[0], both[i]) for i in range(2))
+
+
+def rounds_by_ends(grid: Grid, tensor: Tensor) -> bool:
+    """Whether the grid rounds a value by the ends of the tensor's range alone, tried on some of the values."""
+    some = tensor.reshape(-1)[:_TRIED]
+    run = torch.cat([some[: _TRIED // 4], torch.stack(torch.aminmax(some))]).reshape(1, -1)
+    wanted = grid.quantize_dequantize(some.reshape(1, -1))[:, : run.shape[1] - 2]
+    return torch.equal(grid.quantize_dequantize(run)[:, :-2], wanted)
 
 
 def weight_error(tensor: Tensor, parts: Sequence[Tensor], grid: Grid) -> float:
@@ -42,7 +101,7 @@ def row_error(tensor: Tensor, rounded: Tensor, second_moment: Tensor | None = No
     """Error of every output channel on its own, float64 [tensor.shape[0]]; see `output_error`."""
     error = (tensor.to(rounded.dtype) - rounded).reshape(tensor.shape[0], -1)
     if second_moment is None:
-        return error.square().sum(dim=1, dtype=torch.float64)
+        return error.square_().sum(dim=1, dtype=torch.float64)
     groups, d, _ = second_moment.shape
     error = error.reshape(groups, -1, d)
     return (torch.bmm(error, second_moment.to(error)) * error).sum(dim=2, dtype=torch.float64).flatten()

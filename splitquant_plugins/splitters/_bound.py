@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from splitquant_plugins.splitters._codebook import Search
+from splitquant_plugins.splitters._joint import rules_of, search
 from splitquant_plugins.splitters._shapes import shapes
-from splitquant_plugins.splitters._sketch import sketch, sketch_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,20 +20,10 @@ def additive_bound(weight: Tensor, grid: Grid, k: int) -> float:
 
     Parts need not sum to the weight here, so nothing makes the ranges cover the largest weights. The scales are
     searched, not proven, so this is what a quantizer without the splitter's constraints reaches in practice;
-    `free_bound` is below it. Estimated on the splitter's sketch of each group.
+    `free_bound` is below it. Estimated on the search's bins of each group.
     """
-    found = shapes(grid)
-    error = 0.0
-    for groups in grid.groups(weight):
-        live = groups[(groups != 0).any(dim=1)]
-        if not len(live):
-            continue
-        peak = live.double().abs().amax(dim=1)
-        size = sketch_size(len(live), 512, live.shape[1] if len(live) == 1 else 8192)
-        search = Search(found, k, sketch(live, size), cover=False)
-        book = search.best()
-        error += float((search.cost(book.shape, book.scale) * peak.square()).sum())
-    return error
+    rules = rules_of(shapes(grid))
+    return sum(float(search(groups, rules, k, cover=False).error.sum()) for groups in grid.groups(weight))
 
 
 def free_bound(weight: Tensor, grid: Grid, k: int, rounds: int = 200) -> float:

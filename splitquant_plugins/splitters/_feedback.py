@@ -9,12 +9,43 @@ import torch
 from torch import Tensor
 
 from splitquant_plugins.solvers.gptq import Where, descend, feedback_codes
+from splitquant_plugins.splitters._joint import Codebooks, Levels, levels, nearest, realise, rules_of, search
 
 if TYPE_CHECKING:
-    from splitquant_plugins.splitters._realise import Levels
+    from collections.abc import Sequence
+
+    from splitquant_plugins.grid import Grid
+    from splitquant_plugins.splitters._shapes import Shape
 
 _DAMPING = 0.01
 _SWEEPS = 2
+
+
+def joint_parts_for_outputs(tensor: Tensor, grid: Grid, found: Sequence[Shape], k: int, moment: Tensor) -> list[Tensor]:
+    """As `joint_parts`, but codes are chosen for whole output channels, across the groups of a channel.
+
+    `moment` is H [groups, d, d]; scales are still those of the least error of the weights.
+    """
+    rules = rules_of(found)
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    pieces = [groups.to(wide) for groups in grid.groups(tensor)]
+    books: list[Codebooks] = [search(groups, rules, k) for groups in pieces]
+    tables = [levels(rules, one) for one in books]
+    sums = Levels(*(torch.cat([getattr(table, name) for table in tables]) for name in ("value", "low", "high")))
+    offset, group, start = 0, [], []
+    for groups, table in zip(pieces, tables, strict=True):
+        index = torch.arange(len(groups), device=groups.device).unsqueeze(1) + offset
+        group.append(index.expand_as(groups))
+        start.append(nearest(groups, table))
+        offset += len(groups)
+    rows = tensor.shape[0]
+    joined = [grid.from_groups(values, tensor.shape).reshape(rows, -1) for values in (pieces, group, start)]
+    choice = choose(joined[0], joined[1], sums, moment, joined[2]).reshape(tensor.shape)
+    made = [
+        realise(groups, rules, one, picked.contiguous())
+        for groups, one, picked in zip(grid.groups(tensor), books, grid.groups(choice), strict=True)
+    ]
+    return [grid.from_groups([parts[j] for parts in made], tensor.shape) for j in range(k)]
 
 
 def choose(weights: Tensor, group: Tensor, sums: Levels, moment: Tensor, start: Tensor) -> Tensor:

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from splitquant_plugins.grid import Grid
 
 MARGIN = 1e-3  # how far from a rounding threshold a value has to stay, in units of the scale
@@ -73,10 +71,3 @@ def _shape(grid: Grid, low: float, high: float) -> Shape:
 
     pins = tuple((end, level(end)) for end in (high, low) if end != 0)
     return Shape(tuple(inside.tolist()), low, high, pins, either=grid.scheme == "symmetric")
-
-
-def table(found: list[Shape]) -> Tensor:
-    """Codes of all shapes as one float64 tensor [shapes, codes]; shorter ones repeat their last code."""
-    width = max(len(shape.codes) for shape in found)
-    rows = [shape.codes + (shape.codes[-1],) * (width - len(shape.codes)) for shape in found]
-    return torch.tensor(rows, dtype=torch.float64)

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from splitquant_plugins.clustering import optimal_clusters
 from splitquant_plugins.errors import CannotSplit
-from splitquant_plugins.solvers.rounding_error import quantized_sum, row_error
-from splitquant_plugins.splitters._codebook import Codebook, Search
+from splitquant_plugins.solvers.rounding_error import split_error
 from splitquant_plugins.splitters._exact import complete
-from splitquant_plugins.splitters._feedback import choose
+from splitquant_plugins.splitters._feedback import joint_parts_for_outputs
+from splitquant_plugins.splitters._joint import MOST_SUMS, joint_parts
 from splitquant_plugins.splitters._pieces import by_group, required
-from splitquant_plugins.splitters._realise import levels, nearest, realise
-from splitquant_plugins.splitters._shapes import Shape, shapes
-from splitquant_plugins.splitters._sketch import sketch, sketch_size
+from splitquant_plugins.splitters._shapes import shapes
 from splitquant_plugins.splitters.base import Splitter, SplitterOptions
 from splitquant_plugins.splitters.kmeans import KMeansOptions, KMeansSplitter
 from splitquant_plugins.splitters.range import choose_cuts, range_parts
@@ -28,8 +27,16 @@ if TYPE_CHECKING:
     from splitquant_plugins.grid import Grid
     from splitquant_plugins.plan import TensorPlan
 
-_SKETCH = 256
-_MOST_SUMS = 1024  # with more, codes are chosen part after part
+    Maker = Callable[[Tensor], list[Tensor]]
+
+# Up to this many weights every candidate is made; beyond, those that could win, judged by a sample.
+_ALL_CANDIDATES = 1 << 17
+# Weights in a sample.
+_SAMPLE = 1 << 13
+# On a per-tensor grid a candidate is made where the sample promises at most this times the least error so far.
+_CLOSE = 1.5
+# With more levels than these k-means takes longer than making the candidates.
+_FEW_LEVELS = 64
 
 
 class GridOptions(SplitterOptions):
@@ -44,9 +51,10 @@ class GridOptions(SplitterOptions):
 class GridSplitter(Splitter):
     """Choose scales and codes of all parts jointly, for the least error of the sum of the rounded parts.
 
-    Also makes the parts of `residual`, `range` and `kmeans`, and the tensor in one part, measures each through
-    the grid, and returns per output channel (per tensor on a per-tensor grid) what is best. So its measured
-    error is never above theirs.
+    Measured through the grid, per output channel (per tensor on a per-tensor grid), the result is never worse than
+    the tensor in one part; nor than the parts of `residual`, `range` and `kmeans`, which are tried as well. On a
+    tensor of more than 2^17 weights these are tried on a sample, the channels on which the joint parts do worst and
+    others evenly, and everywhere if they win on one of the others.
     """
 
     Options: ClassVar[type[SplitterOptions]] = GridOptions
@@ -67,24 +75,29 @@ class GridSplitter(Splitter):
         if moment is not None:
             moment = moment.to(tensor.device)
 
-        def residual(groups: Tensor) -> list[Tensor]:
-            return residual_parts(groups, choose_ranges(groups, grid_, k)[0], grid_)
+        def residual(some: Tensor) -> list[Tensor]:
+            def split(groups: Tensor) -> list[Tensor]:
+                return residual_parts(groups, choose_ranges(groups, grid_, k)[0], grid_)
 
-        def ranges(groups: Tensor) -> list[Tensor]:
-            return range_parts(groups, choose_cuts(groups, grid_, k)[0])
+            return complete(some, by_group(some, grid_, split)[:-1])
 
-        makers: list[Callable[[], list[Tensor]]] = [
-            lambda: complete(tensor, by_group(tensor, grid_, residual)[:-1]),
-            lambda: by_group(tensor, grid_, ranges),
-            lambda: clusters(tensor, plan),
-            lambda: [tensor],
-        ]
+        def ranges(some: Tensor) -> list[Tensor]:
+            return by_group(some, grid_, lambda groups: range_parts(groups, choose_cuts(groups, grid_, k)[0]))
+
         found = shapes(grid_)
-        if max(len(shape.codes) for shape in found) ** k <= _MOST_SUMS:
+        race = _Race(tensor, k, grid_, moment)
+        if max(len(shape.codes) for shape in found) ** k <= MOST_SUMS:
+            race.enter(lambda some: joint_parts(some, grid_, found, k))
             if moment is not None:
-                makers.insert(0, lambda: complete(tensor, joint_parts(tensor, grid_, found, k, moment)[:-1]))
-            makers.insert(0, lambda: complete(tensor, joint_parts(tensor, grid_, found, k)[:-1]))
-        return _best(tensor, k, makers, grid_, moment)
+                race.enter(lambda some: joint_parts_for_outputs(some, grid_, found, k, moment))
+            race.enter(residual, sampled=True)
+        else:
+            race.enter(residual)
+        race.enter(lambda some: [some])
+        if not race.beats_disjoint():
+            race.enter(ranges, sampled=True)
+            race.enter(lambda some: clusters(some, plan), sampled=True)
+        return race.winner()
 
 
 def clusters(tensor: Tensor, plan: TensorPlan) -> list[Tensor]:
@@ -95,83 +108,111 @@ def clusters(tensor: Tensor, plan: TensorPlan) -> list[Tensor]:
         return [tensor]
 
 
-def _padded(parts: list[Tensor], k: int) -> list[Tensor]:
-    return parts + [torch.zeros_like(parts[0]) for _ in range(k - len(parts))]
+class _Race:
+    """Keeps, per output channel, the candidate of least measured error; the whole tensor's on a per-tensor grid."""
 
+    def __init__(self, tensor: Tensor, k: int, grid: Grid, moment: Tensor | None) -> None:
+        self._tensor, self._k, self._grid, self._moment = tensor, k, grid, moment
+        self._whole = grid.granularity == "tensor" or tensor.ndim < 2
+        self._best: list[Tensor] = []
+        self._least = torch.empty(0)
+        self._single: list[Tensor] = []
+        self._single_error = float("inf")
+        self._mixed = False
+        self._norm = torch.empty(0)
 
-def joint_parts(
-    tensor: Tensor, grid: Grid, found: Sequence[Shape], k: int, moment: Tensor | None = None
-) -> list[Tensor]:
-    """The k parts, float32 or wider, that make the most of the sums of k codes."""
+    def enter(self, make: Maker, *, sampled: bool = False) -> None:
+        """Make and measure a candidate, and keep what is better about it.
 
-    def book(groups: Tensor) -> Codebook:
-        peak = groups.abs().amax(dim=1, keepdim=True).double()
-        chosen = Search(found, k, sketch(groups, sketch_size(len(groups), _SKETCH))).best()
-        return Codebook(chosen.shape, chosen.scale * peak)
-
-    if moment is None:
-        return by_group(tensor, grid, lambda groups: realise(groups, found, book(groups)))
-    return by_cells_with_moment(tensor, grid, found, book, moment)
-
-
-def by_cells_with_moment(
-    tensor: Tensor,
-    grid: Grid,
-    found: Sequence[Shape],
-    book: Callable[[Tensor], Codebook],
-    moment: Tensor,
-) -> list[Tensor]:
-    """As `by_group`, but codes are chosen for whole output channels, across the groups of a channel."""
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    pieces = [groups.to(wide) for groups in grid.groups(tensor)]
-    # an all-zero group has no codebook; one that is tiny next to everything else stands in
-    tiny = torch.finfo(wide).tiny * 1e6
-    filled = [torch.where((groups != 0).any(dim=1, keepdim=True), groups, tiny) for groups in pieces]
-    books = [book(groups) for groups in filled]
-    tables = [levels(found, one) for one in books]
-    sums = type(tables[0])(*(torch.cat([getattr(t, name) for t in tables]) for name in tables[0].__dataclass_fields__))
-    offset, group, start = 0, [], []
-    for groups, one in zip(pieces, tables, strict=True):
-        index = torch.arange(len(groups), device=groups.device).unsqueeze(1) + offset
-        group.append(index.expand_as(groups))
-        start.append(nearest(groups, one))
-        offset += len(groups)
-    rows = tensor.shape[0]
-    joined = [grid.from_groups(values, tensor.shape).reshape(rows, -1) for values in (pieces, group, start)]
-    choice = choose(joined[0], joined[1], sums, moment, joined[2]).reshape(tensor.shape)
-    parts = []
-    for groups, codebook, picked in zip(pieces, books, grid.groups(choice), strict=True):
-        values = realise(groups, found, codebook, picked)
-        live = (groups != 0).any(dim=1, keepdim=True)
-        parts.append([torch.where(live, part, 0.0) for part in values])
-    return [grid.from_groups([piece[i] for piece in parts], tensor.shape) for i in range(len(parts[0]))]
-
-
-def _best(
-    tensor: Tensor, k: int, makers: Sequence[Callable[[], list[Tensor]]], grid: Grid, moment: Tensor | None
-) -> list[Tensor]:
-    """Per output channel the candidate of least measured error; the whole tensor's on a per-tensor grid."""
-    whole = grid.granularity == "tensor" or tensor.ndim < 2
-    best: list[Tensor] = []
-    least = torch.empty(0)
-    single: list[Tensor] = []
-    single_error = float("inf")
-    for make in makers:
-        parts = _padded(make(), k)
-        error = row_error(tensor, quantized_sum(parts, grid), moment)
-        error = error.where(torch.isfinite(error), torch.inf)
+        `sampled`: of a large tensor it is made only where a sample shows that it could win.
+        """
+        if sampled and self._moment is None and self._tensor.numel() > _ALL_CANDIDATES and not self._promising(make):
+            return
+        parts = make(self._tensor)
+        error = self._error(self._tensor, parts)
         total = float(error.sum())
-        if total < single_error:
-            single, single_error = parts, total
-        if not best:
-            best, least = parts, error
-        elif not whole:
-            better = error < least
-            mask = better.reshape(-1, *[1] * (tensor.ndim - 1))
-            best = [torch.where(mask, new, old) for new, old in zip(parts, best, strict=True)]
-            least = torch.where(better, error, least)
-    if whole:
-        return single
-    # channels are independent on every grid known; where they turn out not to be, no mixture
-    mixed = float(row_error(tensor, quantized_sum(best, grid), moment).sum())
-    return best if mixed <= single_error else single
+        if self._best and total >= self._single_error and (self._whole or not bool((error < self._least).any())):
+            return
+        parts = self._filled(parts)
+        if total < self._single_error or not self._single:
+            self._single, self._single_error = parts, total
+        if not self._best:
+            self._best, self._least = parts, error
+        elif not self._whole:
+            better = error < self._least
+            if bool(better.any()):
+                mask = better.reshape(-1, *[1] * (self._tensor.ndim - 1))
+                self._best = [torch.where(mask, new, old) for new, old in zip(parts, self._best, strict=True)]
+                self._least = torch.where(better, error, self._least)
+                self._mixed = not bool(better.all())
+
+    def _promising(self, make: Maker) -> bool:
+        """Whether to make a candidate of the whole tensor; where it wins on sampled channels, it has these."""
+        if self._whole:
+            sample = self._sampled_values()
+            likely = float(self._error(sample, make(sample)).sum()) * self._tensor.numel() / sample.numel()
+            return likely < _CLOSE * self._single_error
+        rows, even = self._sampled_channels()
+        sample = self._tensor[rows]
+        parts = self._filled(make(sample))
+        error = self._error(sample, parts)
+        better = error < self._least[rows]
+        if bool(torch.isin(rows[better], even).any()):
+            return True
+        if bool(better.any()):
+            self._mixed = True
+            self._best = [each.clone() for each in self._best] if self._best is self._single else self._best
+            for best, part in zip(self._best, parts, strict=True):
+                best[rows[better]] = part[better]
+            self._least[rows[better]] = error[better]
+        return False
+
+    def beats_disjoint(self) -> bool:
+        """Whether, on the sample, no parts that share no place can win.
+
+        Each weight has a code of one part then, and 0 of the others, so that the levels are few, and k-means of as
+        many clusters bounds the error from below.
+        """
+        levels = self._k * (2**self._grid.bits - 1) + 1
+        if self._moment is not None or self._tensor.numel() <= _ALL_CANDIDATES or levels > _FEW_LEVELS:
+            return False
+        if self._whole:
+            sample = self._sampled_values()
+            likely = float(optimal_clusters(sample, levels).inertia.sum()) * self._tensor.numel() / sample.numel()
+            return likely > _CLOSE * self._single_error
+        rows, _ = self._sampled_channels()
+        sample = self._tensor[rows]
+        groups = self._grid.groups(sample)
+        each = [optimal_clusters(some, levels).inertia[:, None].expand(some.shape) / some.shape[1] for some in groups]
+        bound = self._grid.from_groups(each, sample.shape).flatten(1).sum(dim=1)
+        return bool((bound.to(self._least.device) > self._least[rows]).all())
+
+    def _sampled_values(self) -> Tensor:
+        flat = self._tensor.reshape(-1)
+        ends = torch.stack([flat.amin(), flat.amax()])
+        return torch.cat([flat[:: max(1, len(flat) // _SAMPLE)], ends]).reshape(1, -1)
+
+    def _sampled_channels(self) -> tuple[Tensor, Tensor]:
+        """Channels of the largest error relative to their energy together with even ones, and the even ones."""
+        channels = len(self._tensor)
+        number = max(1, min(channels, _SAMPLE // self._tensor[0].numel()))
+        if not len(self._norm):
+            self._norm = torch.linalg.vector_norm(self._tensor.flatten(1), dim=1, dtype=torch.float64)
+        relative = self._least / self._norm.square().clamp(min=torch.finfo(torch.float64).tiny)
+        even = torch.linspace(0, channels - 1, number, device=relative.device).round().long()
+        return torch.unique(torch.cat([relative.topk(number).indices, even])), even
+
+    def _filled(self, parts: list[Tensor]) -> list[Tensor]:
+        return [*parts, *(torch.zeros_like(parts[0]) for _ in range(self._k - len(parts)))]
+
+    def winner(self) -> list[Tensor]:
+        """The parts of least error."""
+        if self._whole or not self._mixed:
+            return self._single
+        # channels are independent on every grid known; where they turn out not to be, no mixture
+        mixed = float(self._error(self._tensor, self._best).sum())
+        return self._best if mixed <= self._single_error else self._single
+
+    def _error(self, tensor: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        error = split_error(tensor, parts, self._grid, self._moment)
+        return error.where(torch.isfinite(error), torch.inf)

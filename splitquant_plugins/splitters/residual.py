@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from splitquant_plugins.parallel import CHUNK, in_threads
 from splitquant_plugins.solvers.rounding_error import round_groups
 from splitquant_plugins.splitters._exact import complete
 from splitquant_plugins.splitters._pieces import by_group, required
+from splitquant_plugins.splitters._residual_search import MinMaxRule, even_fraction, rule_of, search_ranges
 from splitquant_plugins.splitters._sketch import sketch, sketch_size
 from splitquant_plugins.splitters.base import Splitter, SplitterOptions
 
@@ -87,9 +90,38 @@ def full_ranges(groups: Tensor, k: int) -> Ranges:
 def choose_ranges(groups: Tensor, grid: Grid, k: int) -> tuple[Ranges, Tensor]:
     """Ranges of the first k - 1 stages of least error after the last stage, and that error [groups].
 
-    One stage's fraction is varied at a time, from a wide and from a narrow start. The error is an estimate on
-    a sketch of some hundred values per group.
+    One stage's fraction is varied at a time, from a wide and from a narrow start, and, where the grid has one,
+    from that with which the codes of all parts together make even steps: those of a plain grid of k times the
+    bits. The error is an estimate on some hundred values per group.
     """
+    rule = rule_of(grid)
+    return _choose_by_asking(groups, grid, k) if rule is None else _choose_compiled(groups, grid, k, rule)
+
+
+def _choose_compiled(groups: Tensor, grid: Grid, k: int, rule: MinMaxRule) -> tuple[Ranges, Tensor]:
+    even = [even_fraction(rule, k - stage) for stage in range(k - 1)]
+    candidates = np.array([[*_FRACTIONS, fraction] for fraction in even])
+    starts = np.array([[1.0] * (k - 1), [0.5] * (k - 1), even])
+    fraction, kept = np.empty((len(groups), k - 1)), np.empty(len(groups), np.bool_)
+    error = np.empty(len(groups))
+    likely_kept = not _idempotent(grid, torch.ones(1, dtype=torch.float64))
+
+    def work(rows: slice) -> None:
+        values = groups[rows].detach().cpu()
+        array = (values if values.dtype == torch.float64 else values.float()).contiguous().numpy()
+        search_ranges(
+            *(array, rule.array(), candidates, starts, 2 if k > 2 else 1, likely_kept, _SKETCH),
+            *(fraction[rows], kept[rows], error[rows]),
+        )
+
+    step = max(1, CHUNK // max(1, groups.shape[1]))
+    in_threads(work, [slice(at, min(at + step, len(groups))) for at in range(0, len(groups), step)])
+    ranges = Ranges(torch.from_numpy(fraction).to(groups.device), torch.from_numpy(kept).to(groups.device))
+    return ranges, torch.from_numpy(error).to(groups.device)
+
+
+def _choose_by_asking(groups: Tensor, grid: Grid, k: int) -> tuple[Ranges, Tensor]:
+    """As `_choose_compiled`, for grids that are no simple function of the ends of a range."""
     short = sketch(groups, sketch_size(len(groups), _SKETCH))
     values, counts = short.values, short.counts
 

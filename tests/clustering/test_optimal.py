@@ -14,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file
 
 from splitquant_plugins.clustering import assign, kernels, masked_parts, optimal_clusters
+from splitquant_plugins.compiled import compiled
 from splitquant_plugins.errors import InputError
 
 
@@ -395,7 +396,7 @@ def test_without_a_folder_for_the_cache_it_compiles_for_this_process(monkeypatch
         return function
 
     monkeypatch.setattr("numba.njit", njit)
-    assert kernels._compiled(len)([1, 2]) == 2
+    assert compiled(len)([1, 2]) == 2
 
 
 def test_rows_are_independent_and_the_answer_repeats():

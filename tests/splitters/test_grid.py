@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,13 +16,10 @@ from splitquant_plugins.parts import sum_parts
 from splitquant_plugins.passes.checks import check_parts
 from splitquant_plugins.plan import TensorPlan
 from splitquant_plugins.solvers.rounding_error import output_error, quantized_sum, row_error, weight_error
-from splitquant_plugins.splitters import _codebook
 from splitquant_plugins.splitters._bound import additive_bound, free_bound
-from splitquant_plugins.splitters._codebook import Search
-from splitquant_plugins.splitters._realise import levels, nearest, realise
+from splitquant_plugins.splitters._joint import joint_parts, levels, nearest, realise, rules_of, search
 from splitquant_plugins.splitters._shapes import shapes
-from splitquant_plugins.splitters._sketch import price, sketch
-from splitquant_plugins.splitters.grid import GridOptions, GridSplitter, joint_parts
+from splitquant_plugins.splitters.grid import GridOptions, GridSplitter
 from splitquant_plugins.splitters.kmeans import KMeansOptions, KMeansSplitter
 from splitquant_plugins.splitters.range import RangeSplitter
 from splitquant_plugins.splitters.residual import ResidualOptions, ResidualSplitter
@@ -33,15 +30,6 @@ GRIDS = [
     for granularity in ("tensor", "channel", "group")
 ]
 TENSOR, CHANNEL, GROUP, FULL = GRIDS[0], GRIDS[1], GRIDS[2], GRIDS[7]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_search() -> Iterator[None]:
-    """Fewer starts than in use: small tensors need no more, and every property has to hold all the same."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_codebook, "_STARTS", 1 << 14)
-        patch.setattr(_codebook, "_KEPT", 64)
-        yield
 
 
 every_grid = pytest.mark.parametrize(
@@ -120,21 +108,18 @@ def test_three_int2_parts_beat_plain_int6(granularity: Granularity) -> None:
 @every_grid
 def test_backend_derives_the_scales_that_were_chosen(grid: UniformGrid) -> None:
     weight = heavy(4, 72)
-    found = shapes(grid)
+    rules = rules_of(shapes(grid))
     for groups in grid.groups(weight):
-        peak = groups.abs().amax(dim=1, keepdim=True).double()
-        search = Search(found, 2, sketch(groups, 1024))
-        book = search.best()
-        predicted = search.cost(book.shape, book.scale) * peak.squeeze(1).square()
-        book = type(book)(book.shape, book.scale * peak)
-        parts = realise(groups, found, book)
+        books = search(groups, rules, 2)
+        parts = realise(groups, rules, books)
         for part in range(2):
             scale, _ = grid.qparams(parts[part])
-            torch.testing.assert_close(scale.double(), book.scale[:, part : part + 1], rtol=1e-5, atol=0)
-        sums = levels(found, book)
+            torch.testing.assert_close(scale.double(), torch.tensor(books.scale[:, part : part + 1]), rtol=1e-5, atol=0)
+        sums = levels(rules, books)
         wanted = sums.value.gather(1, nearest(groups, sums))
         error = (groups - wanted).square().sum(dim=1)
-        torch.testing.assert_close(error, predicted, rtol=1e-4, atol=1e-9)  # few enough values: sketch is exact
+        # the price of the search adds what ends off their levels cost, and is right but for what bins blur
+        assert bool((error <= torch.tensor(books.error) * 1.05 + 1e-9).all())
         torch.testing.assert_close(sum(parts[1:], parts[0]), groups, rtol=0, atol=1e-6)
         # all but the few weights that hold the ends of a range are rounded to their nearest sum
         rounded = torch.zeros_like(groups)
@@ -142,7 +127,7 @@ def test_backend_derives_the_scales_that_were_chosen(grid: UniformGrid) -> None:
             scale, zero_point = grid.qparams(part)
             low, high = grid.quant_min, grid.quant_max
             rounded += ((torch.round(part / scale) + zero_point).clamp(low, high) - zero_point) * scale
-        moved = ((rounded - wanted).abs() > 1e-3 * book.scale.amin()).sum(dim=1)
+        moved = ((rounded - wanted).abs() > 1e-3 * books.scale.min()).sum(dim=1)
         assert int(moved.max()) <= 6
 
 
@@ -325,15 +310,6 @@ def test_a_grid_is_needed() -> None:
 def test_one_part_is_the_tensor() -> None:
     weight = heavy(4, 4)
     assert [part is weight for part in GridSplitter().split(weight, plan(1), TENSOR)] == [True]
-
-
-def test_price_is_the_error_of_the_nearest_level() -> None:
-    groups = heavy(3, 50)
-    short = sketch(groups, 64)
-    lines = torch.linspace(-1, 1, 9, dtype=torch.float64).expand(3, -1).contiguous()
-    scaled = groups.double() / groups.abs().amax(dim=1, keepdim=True).double()
-    expected = (scaled.unsqueeze(2) - lines.unsqueeze(1)).abs().amin(dim=2).square().sum(dim=1)
-    torch.testing.assert_close(price(lines, short), expected)
 
 
 def test_bounds_are_in_order() -> None:

@@ -1,0 +1,406 @@
+"""The k parts that make the most of all sums of k codes: codebooks searched group by group, and parts for them."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from splitquant_plugins.parallel import CHUNK, in_threads
+from splitquant_plugins.splitters._search import rank_starts, search_groups
+from splitquant_plugins.splitters._shapes import MARGIN, Shape
+from splitquant_plugins.splitters._sum_parts import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    force_pins,
+    nearest_groups,
+    pins_of,
+    realise_groups,
+    realise_span,
+    sums_of_groups,
+    tabulate,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from splitquant_plugins.grid import Grid
+
+    Array = NDArray[Any]
+
+MOST_SUMS = 1024  # with more, codes are chosen part after part, which is as good; see `residual`
+
+_KINDS = {torch.float64: FLOAT64, torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is searched, and what each number was chosen by.
+
+    Decibels and times (one core) are of 2048 x 2048 Student-t(4) weights, INT2 affine in groups of 64, k = 3, where
+    nothing else is said.
+    """
+
+    # Scale ratios of neighbouring parts to start from, times 4 / codes for wider parts.
+    ratios: tuple[float, ...] = (0.12, 0.2, 0.25, 0.3, 0.4, 0.6, 0.85)
+    # Sums of all starts together, which bounds the time of ranking them: 10 ms a tensor.
+    start_sums: int = 1 << 20
+    # Starts that are best on one group, and tried on eight.
+    first_kept: int = 1024
+    ranking_groups: int = 8
+    # Starts that a sample group, or a group of a tensor that has few, tries.
+    shortlist: int = 16
+    # Groups that are searched for what all others start from: 64 give 32.47, 256 give 32.59 dB, and take 0.1 s.
+    library_groups: int = 256
+    # One in so many at most; fewer groups than this times 4 are searched by themselves.
+    one_in: int = 16
+    # Sums that a library's groups have together, which bounds its time for wide parts.
+    library_sums: int = 1 << 14
+    # Starts in the library: 16, 32 and 64 give 32.3, 32.6 and 32.7 dB for 40, 52 and 75 microseconds a group.
+    library: int = 32
+    # Starts from which a sample group descends, and all groups together where there are few: 0.1 dB per tensor.
+    descents: int = 4
+    descents_in_all: int = 256
+    # Steps of the pattern search on scales, as parts of them: from every start, and from the best one's end. From a
+    # library long steps gain 0.005 dB, and a second start 0.1 dB for half as much time again.
+    coarse: tuple[float, ...] = (0.2, 0.1)
+    fine: tuple[float, ...] = (0.05, 0.025, 0.012)
+    from_library: tuple[float, ...] = (0.05,)
+    then: tuple[float, ...] = (0.025,)
+    # How far placements move at once, in steps of the grid: any distance gains 0.01 dB from a library.
+    reach: float = 9.0
+    reach_from_library: float = 0.6
+    # Bins per sum that a group is summarised by: twice as many gain less than 0.01 dB.
+    bins_per_sum: int = 16
+    fewest_bins: int = 256
+    most_bins: int = 8192
+    # Values of a group that are looked at in the search; a longer one is sampled evenly.
+    most_values: int = 1 << 18
+
+
+EFFORT = Effort()
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The shapes of a grid as arrays, in units of the scale.
+
+    `codes` [shapes, c]; `reach` [shapes, 6]: how far values may go below and above 0, the lowest and highest end,
+    and how far each is off its level; `spans` [2, shapes, c]: what rounds to each code; `pins` [shapes, p, 2]: value
+    and level of each end that has to occur, NaN where there are fewer; `either`: one of them will do.
+    """
+
+    codes: Array
+    reach: Array
+    spans: Array
+    pins: Array
+    either: bool
+
+    @property
+    def width(self) -> int:
+        """Codes per part."""
+        return int(self.codes.shape[1])
+
+
+def rules_of(found: Sequence[Shape]) -> Rules:
+    """Tabulate shapes; those with fewer codes repeat their last."""
+    width = max(len(shape.codes) for shape in found)
+    codes = np.array([shape.codes + (shape.codes[-1],) * (width - len(shape.codes)) for shape in found])
+    ends = np.array([(shape.low, shape.high) for shape in found])
+    pins = np.full((len(found), max(1, *(len(shape.pins) for shape in found)), 2), np.nan)
+    reach = np.zeros((len(found), 6))
+    for i, shape in enumerate(found):
+        low, high = shape.interval()
+        bottom, top = (min(shape.pins), max(shape.pins)) if shape.pins else ((0.0, 0.0), (0.0, 0.0))
+        reach[i] = (-low, high, bottom[0], top[0], abs(bottom[0] - bottom[1]), abs(top[0] - top[1]))
+        pins[i, : len(shape.pins)] = shape.pins
+    spans = np.stack([np.maximum(codes - 0.5 + MARGIN, ends[:, :1]), np.minimum(codes + 0.5 - MARGIN, ends[:, 1:])])
+    return Rules(codes, reach, spans, pins, found[0].either)
+
+
+@dataclass(frozen=True)
+class Codebooks:
+    """Per group: every part's shape, an index [groups, k], and scale [groups, k], widest first; the error [groups].
+
+    Scales are in the weights' unit, 0 for a group of zeros. The error is the squared error of the nearest sums, and
+    an estimate: see `price`.
+    """
+
+    shape: Array
+    scale: Array
+    error: Array
+
+    def rows(self, index: slice) -> Codebooks:
+        """The codebooks of some groups."""
+        return Codebooks(self.shape[index], self.scale[index], self.error[index])
+
+
+def search(groups: Tensor, rules: Rules, k: int, *, cover: bool = True, effort: Effort = EFFORT) -> Codebooks:
+    """The best codebook found for each of 2-D `groups`, the same for any number of threads.
+
+    `cover` demands that the parts' ranges cover the group's range, as parts that sum to the weights need.
+    """
+    number, n = groups.shape
+    sums = rules.width**k
+    bins = min(effort.most_bins, max(effort.fewest_bins, effort.bins_per_sum * sums))
+    flags = np.array([rules.either, cover])
+    books = Codebooks(np.zeros((number, k), np.int64), np.zeros((number, k)), np.zeros(number))
+    live = (groups.amax(dim=1) - groups.amin(dim=1) + groups[:, 0].abs() > 0).nonzero().flatten()
+    if not len(live):
+        return books
+    starts = _shortlist(_sample(groups, live, effort.ranking_groups, effort), rules, flags, bins, k, len(live), effort)
+    if len(live) < 4 * effort.one_in:
+        descents = max(effort.descents, effort.descents_in_all // len(live))
+        steps = effort.coarse, effort.fine, effort.reach
+    else:
+        wanted = min(effort.library_groups, max(len(live) // effort.one_in, 4), max(effort.library_sums // sums, 32))
+        sample = _sample(groups, live, wanted, effort)
+        starts = _library(sample, rules, flags, bins, starts, effort)
+        descents, steps = 1, (effort.from_library, effort.then, effort.reach_from_library)
+
+    def work(rows: slice) -> None:
+        values = _values(_thinned(groups[rows], effort.most_values))
+        found = _descended(values, rules, flags, bins, starts, descents, *steps)
+        books.shape[rows], books.scale[rows], books.error[rows] = found.shape, found.scale, found.error
+        if n > values.shape[1]:
+            books.error[rows] *= n / values.shape[1]
+
+    in_threads(work, _batches(number, n))
+    return books
+
+
+def _descended(
+    values: Array,
+    rules: Rules,
+    flags: Array,
+    bins: int,
+    starts: tuple[Array, Array],
+    descents: int,
+    coarse: Sequence[float],
+    fine: Sequence[float],
+    reach: float,
+) -> Codebooks:
+    number, k = len(values), starts[0].shape[1]
+    found = Codebooks(np.empty((number, k), np.int64), np.empty((number, k)), np.empty(number))
+    search_groups(
+        *(rules.codes, rules.reach, flags, values, bins, *starts, descents, reach, np.array(coarse), np.array(fine)),
+        *(found.shape, found.scale, found.error),
+    )
+    return found
+
+
+def _library(
+    values: Array, rules: Rules, flags: Array, bins: int, starts: tuple[Array, Array], effort: Effort
+) -> tuple[Array, Array]:
+    """Starts [m, k] that suit most groups: out of the codebooks of sample groups, those that together do best on them.
+
+    Groups look alike in units of their largest magnitude, so that one of a few codebooks is nearly right for each.
+    """
+    steps = effort.coarse, effort.fine, effort.reach
+    found = in_threads(
+        lambda rows: _descended(values[rows], rules, flags, bins, starts, effort.descents, *steps),
+        [slice(at, min(at + 8, len(values))) for at in range(0, len(values), 8)],
+    )
+    shapes = np.concatenate([*(one.shape for one in found), starts[0]])
+    scales = np.concatenate([*(one.scale / one.scale.sum(axis=1, keepdims=True) for one in found), starts[1]])
+    costs = np.empty((len(shapes), len(values)))
+    rank_starts(rules.codes, rules.reach, flags, values, bins, shapes, scales, costs)
+    best = np.concatenate([one.error for one in found]) / np.abs(values).max(axis=1).astype(np.float64) ** 2
+    relative = np.minimum(costs / np.maximum(best, np.finfo(np.float64).tiny), 10.0)
+    covered = np.full(len(values), 10.0)
+    chosen: list[int] = []
+    for _ in range(min(effort.library, len(shapes))):
+        chosen.append(int(np.argmin(np.minimum(relative, covered).sum(axis=1))))
+        covered = np.minimum(covered, relative[chosen[-1]])
+    order = np.unique(chosen)
+    return shapes[order], scales[order]
+
+
+def _sample(groups: Tensor, live: Tensor, number: int, effort: Effort) -> Array:
+    """Up to `number` of the groups that are not all zero, evenly, and not too many values of them."""
+    chosen = live[torch.linspace(0, len(live) - 1, min(len(live), number)).round().long()]
+    return _values(_thinned(groups[chosen], max(effort.most_values // len(chosen), effort.fewest_bins)))
+
+
+def realise(groups: Tensor, rules: Rules, books: Codebooks, choice: Tensor | None = None) -> list[Tensor]:
+    """Parts of 2-D `groups`, in their dtype, whose codes are those of the nearest sums, or of the sums `choice`."""
+    number, n = groups.shape
+    k = books.scale.shape[1]
+    out = [torch.empty(groups.shape, dtype=groups.dtype) for _ in range(k)]
+    nothing = np.empty((0, 0), np.int64)
+    room = _Room(k)
+    if n > CHUNK:
+        for group in range(number):
+            row = [part[group] for part in out]
+            _realise_long(groups[group], rules, books.rows(slice(group, group + 1)), choice, row)
+    else:
+
+        def work(rows: slice) -> None:
+            values = _values(groups[rows])
+            made = room.like(values)
+            chosen = nothing if choice is None else choice[rows].numpy()
+            realise_groups(
+                *(rules.codes, rules.spans, rules.pins, rules.either, _KINDS[groups.dtype]),
+                *(values, chosen, books.shape[rows], books.scale[rows], made),
+            )
+            _copy(made, [part[rows] for part in out])
+
+        in_threads(work, _batches(number, n))
+    return [part.to(groups.device) for part in out]
+
+
+def _realise_long(group: Tensor, rules: Rules, book: Codebooks, choice: Tensor | None, out: list[Tensor]) -> None:
+    """As `realise` for one group [n], in pieces on all threads; a weight of the first piece that can holds a pin."""
+    shape, scale = book.shape[0], book.scale[0]
+    if scale[0] == 0:
+        for part in out:
+            part.zero_()
+        return
+    sums, middles, digits, table = tabulate(rules.codes, rules.spans, shape, scale)
+    pins = pins_of(rules.pins, shape, scale)
+    kind, k = _KINDS[group.dtype], len(scale)
+    nothing = np.empty(0, np.int64)
+    room = _Room(k)
+
+    def work(span: slice) -> Array:
+        values = _values(group[span])
+        made = room.like(values)
+        held = np.empty(pins.shape[:2], np.int64)
+        chosen = nothing if choice is None else choice.reshape(-1)[span].numpy()
+        realise_span(values, chosen, middles, digits, table, pins, rules.either, kind, made, held)
+        _copy(made, [part[span] for part in out])
+        return np.where(held < 0, held, held + span.start)
+
+    found = in_threads(work, [slice(at, min(at + CHUNK, len(group))) for at in range(0, len(group), CHUNK)])
+    held = np.full(pins.shape[:2], -1)
+    for one in found:
+        held = np.where(held < 0, one, held)
+    if not (((held >= 0) | np.isnan(pins[:, :, 0])).all() or (rules.either and (held >= 0).any(axis=1).all())):
+        index, changed = force_pins(_values(group), sums, middles, table, pins, rules.either, kind, held)
+        for part, values in zip(out, changed, strict=True):
+            for place, value in zip(index.tolist(), values.tolist(), strict=True):
+                part[place] = value
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Every sum of a codebook, for some groups: `value` [groups, L], ascending.
+
+    `low`, `high` [groups, L]: the least and the greatest weight that the sum can stand for.
+    """
+
+    value: Tensor
+    low: Tensor
+    high: Tensor
+
+
+def levels(rules: Rules, books: Codebooks) -> Levels:
+    """The sums of codebooks; all 0 for a group of zeros."""
+    number = (len(books.scale), rules.width ** books.scale.shape[1])
+    value, low, high = np.empty(number), np.empty(number), np.empty(number)
+    sums_of_groups(rules.codes, rules.spans, books.shape, books.scale, value, low, high)
+    return Levels(torch.from_numpy(value), torch.from_numpy(low), torch.from_numpy(high))
+
+
+def nearest(groups: Tensor, sums: Levels) -> Tensor:
+    """Index of the nearest sum of each weight, [groups, n]."""
+    out = np.empty(groups.shape, np.int64)
+    nearest_groups(_values(groups), sums.value.numpy(), out)
+    return torch.from_numpy(out)
+
+
+def joint_parts(tensor: Tensor, grid: Grid, found: Sequence[Shape], k: int) -> list[Tensor]:
+    """The k parts, of the tensor's dtype, whose nearest sums make the least error.
+
+    Their sum is off by at most eps times the last part's magnitude; see `complete_one`.
+    """
+    rules = rules_of(found)
+    pieces = [realise(groups, rules, search(groups, rules, k)) for groups in grid.groups(tensor)]
+    return [grid.from_groups([parts[j] for parts in pieces], tensor.shape) for j in range(k)]
+
+
+@lru_cache(maxsize=16)
+def _starts(shapes: int, width: int, k: int, effort: Effort) -> tuple[Array, Array]:
+    """Shapes [starts, k] and scales [starts, k] to begin with."""
+    most = 3 if shapes ** min(k, 3) <= 400 else 2
+    tuples = [t + (t[-1],) * (k - len(t)) for t in itertools.product(range(shapes), repeat=min(k, most))]
+    ratios = effort.ratios if width <= 4 else (*(r * 4 / width for r in effort.ratios), 0.85)
+    steps = [t + (1 / width,) * (k - 1 - len(t)) for t in itertools.product(ratios, repeat=min(k - 1, 2))]
+    scales = np.cumprod([(1.0, *step) for step in steps], axis=1)
+    pairs = np.arange(len(tuples) * len(scales))
+    number = max(256, effort.start_sums // width**k)
+    if len(pairs) > number:
+        pairs = pairs[np.linspace(0, len(pairs) - 1, number).round().astype(np.int64)]
+    return np.array(tuples, np.int64)[pairs // len(scales)], scales[pairs % len(scales)]
+
+
+def _shortlist(
+    values: Array, rules: Rules, flags: Array, bins: int, k: int, groups: int, effort: Effort
+) -> tuple[Array, Array]:
+    """The starts that every group tries: the best ones of the sample groups `values` together, and of each."""
+    shapes, scales = _starts(len(rules.codes), rules.width, k, effort)
+
+    def costs(sample: Array) -> Array:
+        out = np.empty((len(shapes), len(sample)))
+        rank_starts(rules.codes, rules.reach, flags, sample, bins, shapes, scales, out)
+        return out
+
+    middle = len(values) // 2
+    kept = np.argsort(costs(values[middle : middle + 1])[:, 0], kind="stable")[: effort.first_kept]
+    shapes, scales = shapes[kept], scales[kept]
+    each = costs(values)
+    relative = np.minimum(each / np.maximum(each.min(axis=0), np.finfo(np.float64).tiny), 10.0)
+    wanted = max(effort.shortlist, effort.descents_in_all // groups)
+    best = np.argsort(relative.mean(axis=1), kind="stable")[:wanted]
+    chosen = np.unique(np.concatenate([best, relative.argmin(axis=0)]))
+    return shapes[chosen], scales[chosen]
+
+
+def _thinned(groups: Tensor, most: int) -> Tensor:
+    """At most about `most` values of every group, its smallest and largest among them."""
+    if groups.shape[1] <= most:
+        return groups
+    ends = [groups.amin(dim=1, keepdim=True), groups.amax(dim=1, keepdim=True)]
+    return torch.cat([groups[:, :: -(-groups.shape[1] // most)], *ends], dim=1)
+
+
+def _values(values: Tensor) -> Array:
+    """A tensor as an array for the compiled loops: float64 as it is, everything else in float32."""
+    wide = values if values.dtype == torch.float64 else values.float()
+    array: Array = wide.detach().cpu().contiguous().numpy()
+    return array
+
+
+class _Room(threading.local):
+    """Memory for k parts, which each thread takes once: fresh pages cost as much as what is written to them."""
+
+    def __init__(self, k: int) -> None:
+        self._k = k
+        self._flat = np.empty(0)
+
+    def like(self, values: Array) -> Array:
+        """Room for k arrays of the shape and dtype of `values`."""
+        number = self._k * values.size
+        if len(self._flat) < number or self._flat.dtype != values.dtype:
+            self._flat = np.empty(number, values.dtype)
+        return self._flat[:number].reshape(self._k, *values.shape)
+
+
+def _copy(made: Array, out: Sequence[Tensor]) -> None:
+    for part, values in zip(out, made, strict=True):
+        part.copy_(torch.from_numpy(values))
+
+
+def _batches(groups: int, n: int) -> list[slice]:
+    """Cut the groups into batches that fit the cache, however many threads there are."""
+    step = max(1, CHUNK // max(n, 1))
+    return [slice(at, min(at + step, groups)) for at in range(0, groups, step)]

@@ -1,0 +1,131 @@
+"""What a codebook costs: all sums of one level per part, in order, and the error of rounding a group to them.
+
+A group is summarised once by even bins with running totals. The error of a codebook then takes one look-up for each
+of its levels, however many values the group has.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from splitquant_plugins.compiled import compiled
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+
+@compiled
+def bin_group(values: Array, frame: Array, table: Array) -> None:
+    """Summarise `values` [n], not all zero, in units of their largest magnitude.
+
+    Writes frame [8]: largest magnitude, lowest and highest value (both in its units), bins per unit, number of
+    values, sum of squares, and the range that the parts have to cover, which includes 0. table [bins + 1, 2]: how
+    many values lie in the bins before each edge, and their sum.
+    """
+    low, high = float(values[0]), float(values[0])
+    for i in range(len(values)):
+        value = float(values[i])
+        low = min(low, value)
+        high = max(high, value)
+    peak = max(-low, high)
+    low /= peak
+    high /= peak
+    bins = len(table) - 1
+    per_unit = bins / (high - low) if high > low else 0.0
+    table[:] = 0.0
+    squares = 0.0
+    for i in range(len(values)):
+        value = float(values[i]) / peak
+        place = min(int((value - low) * per_unit), bins - 1) + 1
+        table[place, 0] += 1.0
+        table[place, 1] += value
+        squares += value * value
+    for b in range(bins):
+        table[b + 1, 0] += table[b, 0]
+        table[b + 1, 1] += table[b, 1]
+    frame[0], frame[1], frame[2], frame[3] = peak, low, high, per_unit
+    frame[4], frame[5], frame[6], frame[7] = len(values), squares, min(low, 0.0), max(high, 0.0)
+
+
+@compiled
+def _merge(source: Array, out: Array, start: int, middle: int, stop: int) -> None:
+    i, j = start, middle
+    for at in range(start, stop):
+        if j == stop or (i < middle and source[i] <= source[j]):
+            out[at] = source[i]
+            i += 1
+        else:
+            out[at] = source[j]
+            j += 1
+
+
+@compiled
+def _merge_equal(source: Array, out: Array, start: int, run: int) -> None:
+    """Merge two neighbouring runs from both ends at once, which needs no test for their ends."""
+    i, j = start, start + run
+    m, n = j - 1, j + run - 1
+    for at in range(run):
+        left, right = source[i], source[j]
+        take = left <= right
+        out[start + at] = left if take else right
+        i += take
+        j += 1 - take
+        left, right = source[m], source[n]
+        take = left > right
+        out[start + 2 * run - 1 - at] = left if take else right
+        m -= take
+        n -= 1 - take
+
+
+@compiled
+def sorted_sums(codes: Array, shape: Array, scale: Array, one: Array, two: Array) -> Array:
+    """All sums of one level per part, ascending [codes ** k], in `one` or in `two`, which have room for them.
+
+    `codes` [shapes, c] are ascending; part j has the levels codes[shape[j]] * scale[j].
+    """
+    width = codes.shape[1]
+    number = width
+    for c in range(width):
+        one[c] = codes[shape[0], c] * scale[0]
+    for part in range(1, len(shape)):
+        for c in range(width):
+            value = codes[shape[part], c] * scale[part]
+            for i in range(number):
+                two[c * number + i] = one[i] + value
+        run = number
+        number *= width
+        one, two = two, one
+        while run < number:  # merge the sorted runs two by two
+            for start in range(0, number, 2 * run):
+                middle, stop = min(start + run, number), min(start + 2 * run, number)
+                if middle == stop or one[middle - 1] <= one[middle]:
+                    two[start:stop] = one[start:stop]
+                elif stop - middle == run:
+                    _merge_equal(one, two, start, run)
+                else:
+                    _merge(one, two, start, middle, stop)
+            run *= 2
+            one, two = two, one
+    return one[:number]
+
+
+@compiled
+def price(levels: Array, frame: Array, table: Array) -> float:
+    """Squared error of rounding a binned group to the nearest of its `levels`, ascending, in the group's units.
+
+    Values in a bin that holds the middle of two levels go all to one of them, to which they are nearly as near as
+    to the other.
+    """
+    low, per_unit, bins = frame[1], frame[3], len(table) - 1
+    error, count, total = frame[5], 0.0, 0.0
+    level = levels[0]
+    for i in range(1, len(levels)):
+        after = levels[i]
+        place = (0.5 * (level + after) - low) * per_unit + 0.5
+        edge = int(min(max(place, 0.0), float(bins)))
+        new_count, new_total = table[edge, 0], table[edge, 1]
+        error += level * (level * (new_count - count) - 2.0 * (new_total - total))
+        level, count, total = after, new_count, new_total
+    return error + level * (level * (table[bins, 0] - count) - 2.0 * (table[bins, 1] - total))

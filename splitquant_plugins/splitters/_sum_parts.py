@@ -1,0 +1,460 @@
+"""Parts that a backend rounds to chosen codes, and that sum to the weights in the weights' own dtype.
+
+Codes c1..ck of a weight w leave an error e = w - sum(cj * sj). The parts have to sum to w all the same, and can:
+part j may hold anything between its rounding thresholds (cj - 1/2) sj and (cj + 1/2) sj without changing its code,
+as long as it stays inside the part's range. Starting from the part with the finest scale, each takes what it can
+of e. For the nearest sum there is always room: were |e| more than half a step of any part whose code can still
+move, moving it would give a nearer sum; and where no code can move, the ranges cover w.
+
+The backend has to derive exactly the chosen scale and zero point, so each part's ends are *pinned*: some weight
+holds the end of the range itself, with the other parts making up for it. A weight whose nearest sum has that end
+anyway costs nothing; otherwise the cheapest weight is taken. A weight holds one pin at most.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from splitquant_plugins.compiled import compiled
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+FLOAT64, FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2, 3
+# Rounding to 11 or 8 bits in float64 arithmetic (Veltkamp), and to the multiples of the smallest subnormal.
+_SPLIT_16, _SPLIT_BF = 2.0**42 + 1, 2.0**45 + 1
+_TO_ONE_BIT = 2.0**52 + 1
+_SHIFT_16, _SHIFT_BF = 1.5 * 2.0**28, 1.5 * 2.0**-81
+_LEAST_16, _LEAST_BF = 2.0**-14, 2.0**-126
+_MOST_16, _MOST_32, _MOST_BF = 65504.0, 3.4028234663852886e38, 3.3895313892515355e38
+_MOST_64 = 1.7976931348623157e308
+# Look-up entries per sum, so that a look-up starts at most a few sums before the nearest.
+_ENTRIES_PER_SUM = 8
+# Weights of a long group that may hold a pin that no weight has by itself: extremes on either side, and others evenly.
+_EXTREMES, _EVEN = 32, 64
+# Rounds in which pins that fit one value only may push others out of it.
+_ATTEMPTS = 3
+
+
+@compiled
+def rounded(x: float, kind: int) -> float:
+    """The nearest number of a dtype."""
+    if kind == FLOAT32:
+        return float(np.float32(x))
+    if kind == FLOAT64:
+        return x
+    half = kind == FLOAT16
+    if abs(x) < (_LEAST_16 if half else _LEAST_BF):
+        shift = _SHIFT_16 if half else _SHIFT_BF
+        return (x + shift) - shift
+    big = x * (_SPLIT_16 if half else _SPLIT_BF)
+    return big - (big - x)
+
+
+@compiled
+def most(kind: int) -> float:
+    """The largest finite number of a dtype."""
+    if kind == FLOAT32:
+        return _MOST_32
+    if kind == FLOAT64:
+        return _MOST_64
+    return _MOST_16 if kind == FLOAT16 else _MOST_BF
+
+
+@compiled
+def last_place(x: float, kind: int) -> float:
+    """What the last place of a normal number of a dtype is worth; 0 or no number beyond the range of float64."""
+    eps = 2.0**-52 if kind == FLOAT64 else 2.0**-23 if kind == FLOAT32 else 2.0**-10 if kind == FLOAT16 else 2.0**-7
+    big = x * _TO_ONE_BIT
+    power = abs(big - (big - x))
+    return eps * (0.5 * power if power > abs(x) else power)
+
+
+@compiled
+def whole(x: float, unit: float) -> bool:
+    """Whether x is a whole number of units: others are no sum of numbers that are."""
+    return unit > 0 and np.rint(x / unit) * unit == x
+
+
+@compiled
+def complete_one(weight: float, part: Array, kind: int) -> None:
+    """Round all parts but the last, and make the last what is missing to the weight, in place.
+
+    Where that subtraction is inexact, the part before the last gives up its lowest bits; where that does not help,
+    the sum is off by at most eps times the last part.
+    """
+    k = len(part)
+    limit = most(kind)
+    running, fits = 0.0, True
+    for j in range(k - 1):
+        part[j] = rounded(part[j], kind)
+        fits &= abs(part[j]) <= limit
+        running = rounded(running + part[j], kind)
+    last = rounded(weight - running, kind)
+    if not (fits and abs(last) <= limit and abs(running) <= limit):
+        part[:] = 0.0
+        part[k - 1] = weight
+        return
+    part[k - 1] = last
+    if rounded(running + last, kind) == weight:
+        return
+    before = 0.0
+    for j in range(k - 2):
+        before = rounded(before + part[j], kind)
+    for coarser in (1.0, 2.0, 4.0):
+        unit = coarser * last_place(last, kind)
+        if not whole(weight, unit):
+            return
+        moved = rounded(np.rint(running / unit) * unit - before, kind)
+        total = rounded(before + moved, kind)
+        rest = rounded(weight - total, kind)
+        if rounded(total + rest, kind) == weight and abs(moved) <= limit and abs(rest) <= limit:
+            part[k - 2] = moved
+            part[k - 1] = rest
+            return
+
+
+@compiled
+def tabulate(codes: Array, spans: Array, shape: Array, scale: Array) -> tuple[Array, Array, Array, Array]:
+    """All sums of a codebook, ascending.
+
+    `spans` [2, shapes, c]: what rounds to each code, in units of the scale. Returns the sums [L], the middles
+    between them [L], infinite at the end, their codes [L, k], and a table [3, k, c] of each part's levels and the
+    least and the most that rounds to them.
+    """
+    k, width = len(shape), codes.shape[1]
+    number = width**k
+    table = np.empty((3, k, width))
+    for j in range(k):
+        for c in range(width):
+            table[0, j, c] = codes[shape[j], c] * scale[j]
+            table[1, j, c] = spans[0, shape[j], c] * scale[j]
+            table[2, j, c] = spans[1, shape[j], c] * scale[j]
+    sums, digits = np.empty(number), np.empty((number, k), np.int64)
+    for s in range(number):
+        rest, total = s, 0.0
+        for j in range(k - 1, -1, -1):
+            digits[s, j] = rest % width
+            rest //= width
+        for j in range(k):
+            total += table[0, j, digits[s, j]]
+        sums[s] = total
+    order = np.argsort(sums, kind="mergesort")
+    sums, digits = sums[order], digits[order]
+    middles = np.empty(number)
+    for s in range(number - 1):
+        middles[s] = 0.5 * (sums[s] + sums[s + 1])
+    middles[number - 1] = np.inf
+    return sums, middles, digits, table
+
+
+@compiled
+def look_up(middles: Array) -> tuple[Array, float, float]:
+    """For even steps from the first middle on, the number of middles before each; with start and steps per unit."""
+    number = len(middles)
+    entries = np.zeros(_ENTRIES_PER_SUM * number, np.int32)
+    low, high = middles[0], middles[max(number - 2, 0)]
+    per_unit = len(entries) / (high - low) if high > low else 0.0
+    if not per_unit < np.inf:
+        per_unit = 0.0
+    at = 0
+    for e in range(1, len(entries)):
+        # A step earlier than exact, which rounding cannot make too late.
+        while at < number - 1 and (middles[at] - low) * per_unit < e - 1:
+            at += 1
+        entries[e] = at
+    return entries, low, per_unit
+
+
+@compiled
+def nearest_sum(weight: float, middles: Array, entries: Array, low: float, per_unit: float) -> int:
+    """The place of the sum nearest to a weight: the number of middles that are below it."""
+    place = (weight - low) * per_unit
+    at = entries[int(min(max(place, 0.0), len(entries) - 1.0))]
+    while middles[at] < weight:
+        at += 1
+    return at
+
+
+@compiled
+def spread(weight: float, digit: Array, table: Array, skip: int, part: Array) -> None:
+    """Values of the parts, all but `skip`, that round to the codes `digit` and add up to the weight, if any do."""
+    k = len(part)
+    error = weight
+    finest = -1
+    for j in range(k):
+        if j != skip:
+            part[j] = table[0, j, digit[j]]
+            error -= part[j]
+            finest = j
+    for j in range(k - 1, -1, -1):
+        if j != skip:
+            moved = min(max(part[j] + error, table[1, j, digit[j]]), table[2, j, digit[j]])
+            error -= moved - part[j]
+            part[j] = moved
+    if finest >= 0:
+        part[finest] += error
+
+
+@compiled
+def _free_pin(weight: float, digit: Array, table: Array, pins: Array, either: bool, held: Array) -> tuple[int, int]:
+    """The first pin (part, number) that is missing and that a weight with these codes can hold at no cost, or -1."""
+    for j in range(len(pins)):
+        if either and (held[j] >= 0).any():
+            continue
+        for p in range(pins.shape[1]):
+            if held[j, p] >= 0 or table[0, j, digit[j]] != pins[j, p, 1]:
+                continue
+            rest, least, greatest = weight - pins[j, p, 0], 0.0, 0.0
+            for other in range(len(pins)):
+                if other != j:
+                    least += table[1, other, digit[other]]
+                    greatest += table[2, other, digit[other]]
+            if least <= rest <= greatest:
+                return j, p
+    return -1, -1
+
+
+@compiled
+def realise_span(
+    values: Array,
+    choice: Array,
+    middles: Array,
+    digits: Array,
+    table: Array,
+    pins: Array,
+    either: bool,
+    kind: int,
+    out: Array,
+    held: Array,
+) -> None:
+    """Parts out [k, n] of `values` [n], and for each pin the first value that can hold it at no cost.
+
+    `choice` [n] are places of sums, or is empty: then the nearest sums are taken. `pins` [k, p, 2]: value and
+    level of every end that has to occur, NaN where there is none; held [k, p]: which value holds it, -1 where
+    none can.
+    """
+    k = len(pins)
+    entries, low, per_unit = look_up(middles)
+    lines = np.empty((len(digits), 3 * k))
+    for s in range(len(digits)):
+        for j in range(k):
+            for row in range(3):
+                lines[s, 3 * j + row] = table[row, j, digits[s, j]]
+    part = np.empty(k)
+    limit = most(kind)
+    held[:] = -1
+    missing = 0
+    for j in range(k):
+        ends = np.sum(~np.isnan(pins[j, :, 0]))
+        missing += min(ends, 1) if either else ends
+    for i in range(len(values)):
+        weight = float(values[i])
+        at = choice[i] if len(choice) else nearest_sum(weight, middles, entries, low, per_unit)
+        if missing > 0:
+            pinned, number = _free_pin(weight, digits[at], table, pins, either, held)
+            if pinned >= 0:
+                held[pinned, number] = i
+                missing -= 1
+                part[pinned] = pins[pinned, number, 0]
+                spread(weight - part[pinned], digits[at], table, pinned, part)
+                complete_one(weight, part, kind)
+                for j in range(k):
+                    out[j, i] = part[j]
+                continue
+        # As `spread` and `complete_one`, which take over where this is not exact.
+        line = lines[at]
+        error = weight
+        for j in range(k):
+            error -= line[3 * j]
+        for j in range(k - 1, 0, -1):
+            moved = min(max(line[3 * j] + error, line[3 * j + 1]), line[3 * j + 2])
+            error -= moved - line[3 * j]
+            part[j] = moved
+        moved = min(max(line[0] + error, line[1]), line[2])
+        error -= moved - line[0]
+        part[0] = moved
+        part[k - 1] += error
+        running = rounded(part[0], kind)
+        out[0, i] = running
+        for j in range(1, k - 1):
+            held_part = rounded(part[j], kind)
+            out[j, i] = held_part
+            running = rounded(running + held_part, kind)
+        last = rounded(weight - running, kind)
+        out[k - 1, i] = last
+        inside = abs(running) + abs(last) < limit
+        if inside and (rounded(running + last, kind) == weight or not whole(weight, last_place(last, kind))):
+            continue
+        complete_one(weight, part, kind)
+        for j in range(k):
+            out[j, i] = part[j]
+
+
+@compiled
+def _candidates(values: Array) -> Array:
+    """Places of the values that may hold a pin: all, or the extremes and an even sample of the others."""
+    n = len(values)
+    if n <= 2 * _EXTREMES + _EVEN:
+        return np.arange(n)
+    chosen = np.empty(2 * _EXTREMES + _EVEN, np.int64)
+    for side in range(2):
+        start, count, sign = side * _EXTREMES, 0, 1.0 - 2.0 * side
+        for i in range(n):
+            value = sign * float(values[i])
+            if count == _EXTREMES and value <= sign * float(values[chosen[start + count - 1]]):
+                continue
+            at = start + (count if count < _EXTREMES else _EXTREMES - 1)
+            while at > start and sign * float(values[chosen[at - 1]]) < value:
+                chosen[at] = chosen[at - 1]
+                at -= 1
+            chosen[at] = i
+            count = min(count + 1, _EXTREMES)
+    for i in range(_EVEN):
+        chosen[2 * _EXTREMES + i] = i * n // _EVEN
+    return np.unique(chosen)
+
+
+@compiled
+def force_pins(
+    values: Array, sums: Array, middles: Array, table: Array, pins: Array, either: bool, kind: int, held: Array
+) -> tuple[Array, Array]:
+    """Let the cheapest values hold the pins that none holds, changing held [k, p].
+
+    Returns the places [m] of the values that do, and their parts [k, m]; the later of two for a place counts.
+    """
+    k, most_pins, width = pins.shape[0], pins.shape[1], table.shape[2]
+    places = np.empty(0, np.int64)
+    digit, part = np.zeros(k, np.int64), np.empty(k)
+    number, changes = width ** (k - 1), 0
+    index, changed = np.empty(_ATTEMPTS * k * most_pins, np.int64), np.empty((k, _ATTEMPTS * k * most_pins))
+    levels, least, greatest = np.empty(number), np.empty(number), np.empty(number)
+    for attempt in range(_ATTEMPTS):
+        for j in range(k):
+            for p in range(most_pins):
+                value, level = pins[j, p, 0], pins[j, p, 1]
+                if np.isnan(value) or held[j, p] >= 0 or (either and (held[j] >= 0).any()):
+                    continue
+                if len(places) == 0:
+                    places = _candidates(values)
+                for combo in range(number):
+                    rest = combo
+                    levels[combo] = least[combo] = greatest[combo] = 0.0
+                    for other in range(k - 1, -1, -1):
+                        if other != j:
+                            c = rest % width
+                            rest //= width
+                            levels[combo] += table[0, other, c]
+                            least[combo] += table[1, other, c]
+                            greatest[combo] += table[2, other, c]
+                where, which = -1, 0
+                # In the last attempt a pin stays where it is; before, one that fits nowhere else may push it out.
+                for push in range(1 if attempt == _ATTEMPTS - 1 else 2):
+                    best = np.inf
+                    for i in places:
+                        if (held == i).any() != (push == 1):
+                            continue
+                        weight = float(values[i])
+                        near = np.searchsorted(middles, weight)
+                        now = (weight - sums[near]) * (weight - sums[near])
+                        for combo in range(number):
+                            if least[combo] <= weight - value <= greatest[combo]:
+                                error = weight - level - levels[combo]
+                                if error * error - now < best:
+                                    best, where, which = error * error - now, int(i), combo
+                    if where >= 0:
+                        break
+                if where < 0:
+                    continue
+                for other in range(k):
+                    for q in range(most_pins):
+                        if held[other, q] == where:
+                            held[other, q] = -1
+                for other in range(k - 1, -1, -1):
+                    if other != j:
+                        digit[other] = which % width
+                        which //= width
+                part[j] = value
+                spread(float(values[where]) - value, digit, table, j, part)
+                complete_one(float(values[where]), part, kind)
+                changed[:, changes] = part
+                index[changes] = where
+                changes += 1
+                held[j, p] = where
+    return index[:changes], changed[:, :changes]
+
+
+@compiled
+def pins_of(ends: Array, shape: Array, scale: Array) -> Array:
+    """The pins [k, p, 2] of a codebook, from those of its shapes `ends` [shapes, p, 2] in units of the scale."""
+    pins = np.empty((len(shape), ends.shape[1], 2))
+    for j in range(len(shape)):
+        pins[j] = ends[shape[j]] * scale[j]
+    return pins
+
+
+@compiled
+def realise_groups(
+    codes: Array,
+    spans: Array,
+    ends: Array,
+    either: bool,
+    kind: int,
+    values: Array,
+    choice: Array,
+    shapes: Array,
+    scales: Array,
+    out: Array,
+) -> None:
+    """Parts out [k, groups, n] of `values` [groups, n] by the codebooks shapes, scales [groups, k]; zeros stay zeros.
+
+    `choice` [groups, n] are places of sums; with no groups in it the nearest are taken.
+    """
+    held = np.empty((shapes.shape[1], ends.shape[1]), np.int64)
+    nearest = np.empty(0, np.int64)
+    for group in range(len(values)):
+        if scales[group, 0] == 0:
+            out[:, group] = 0.0
+            continue
+        sums, middles, digits, table = tabulate(codes, spans, shapes[group], scales[group])
+        pins = pins_of(ends, shapes[group], scales[group])
+        row = out[:, group]
+        chosen = choice[group] if len(choice) else nearest
+        realise_span(values[group], chosen, middles, digits, table, pins, either, kind, row, held)
+        index, changed = force_pins(values[group], sums, middles, table, pins, either, kind, held)
+        for change in range(len(index)):
+            row[:, index[change]] = changed[:, change]
+
+
+@compiled
+def sums_of_groups(
+    codes: Array, spans: Array, shapes: Array, scales: Array, value: Array, low: Array, high: Array
+) -> None:
+    """All sums of codebooks [groups, k], ascending, and what each can stand for: value, low, high [groups, L]."""
+    for group in range(len(scales)):
+        sums, _, digits, table = tabulate(codes, spans, shapes[group], scales[group])
+        value[group] = sums
+        low[group] = 0.0
+        high[group] = 0.0
+        for s in range(len(sums)):
+            for j in range(scales.shape[1]):
+                low[group, s] += table[1, j, digits[s, j]]
+                high[group, s] += table[2, j, digits[s, j]]
+
+
+@compiled
+def nearest_groups(values: Array, sums: Array, out: Array) -> None:
+    """Places [groups, n] of the sums [groups, L] nearest to `values` [groups, n]."""
+    number = sums.shape[1]
+    middles = np.empty(number)
+    for group in range(len(values)):
+        for s in range(number - 1):
+            middles[s] = 0.5 * (sums[group, s] + sums[group, s + 1])
+        middles[number - 1] = np.inf
+        entries, low, per_unit = look_up(middles)
+        for i in range(values.shape[1]):
+            out[group, i] = nearest_sum(float(values[group, i]), middles, entries, low, per_unit)
