@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import runpy
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -166,3 +167,22 @@ def test_transformers_loads_a_float_split_model_wrongly_as_the_readme_warns(mode
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
     with pytest.raises(OSError, match="no file named"):
         transformers.BertForSequenceClassification.from_pretrained("split")
+
+
+def test_pictures_are_what_the_script_draws(tmp_path: Path) -> None:
+    pictures = runpy.run_path(str(ROOT / "docs" / "make_pictures.py"))
+    pictures["main"](tmp_path)
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert drawn == sorted(path.name for path in (ROOT / "docs").glob("*.svg"))
+    for name in drawn:
+        text = (tmp_path / name).read_text("utf-8")
+        assert text == (ROOT / "docs" / name).read_text("utf-8"), f"docs/{name} is old: python docs/make_pictures.py"
+        assert len(text) < 12_000
+
+
+def test_the_picture_of_the_flow_names_hooks_and_rooms_that_are_there() -> None:
+    steps = runpy.run_path(str(ROOT / "docs" / "make_pictures.py"))["STEPS"]
+    assert list(steps) == ["prepare", "select", "split", "build", "check", "record"]
+    for _, hooks, room in steps.values():
+        assert all(hasattr(hookspecs, f"splitquant_{hook}") for hook in hooks)
+        assert (ROOT / "splitquant_plugins" / room).is_dir()
