@@ -32,7 +32,10 @@ class SplitConfig(BaseModel):
         False, description="split a Linear whose weight is an embedding's, which unties them"
     )
     budget: float | None = Field(
-        None, gt=0, description="stored bits per weight over the layers; chooses 1 to 4 parts per layer by gain"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="stored bits per weight over the layers; chooses 1 to 4 parts per layer by gain",
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="for splitters that use one")
 

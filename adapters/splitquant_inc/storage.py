@@ -22,6 +22,7 @@ from splitquant_inc.stored_layers import quantized_layers
 from splitquant_plugins.checkpoints.files import write_json
 from splitquant_plugins.checkpoints.source import SINGLE_FILE
 from splitquant_plugins.checkpoints.tensors import read_state, untied_state, write_tensors
+from splitquant_plugins.checkpoints.transformers_models import load_generation_config, save_generation_config
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
 from splitquant_plugins.manifest import ATTRIBUTE, FILE_NAME, Manifest
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d, replace_module
@@ -54,6 +55,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     manifest = getattr(model, ATTRIBUTE, None)
     if manifest is not None:
         manifest.save(folder)
+    else:  # that of a split model that was saved here before
+        (folder / FILE_NAME).unlink(missing_ok=True)
 
 
 def write_description(
@@ -65,6 +68,7 @@ def write_description(
     if hasattr(config, "to_dict"):
         options = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
         write_json(folder / "config.json", {**options, "architectures": [type(model).__name__]})
+        save_generation_config(model, folder)
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -83,6 +87,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         state[name] = state[source]
     if model is None:
         model = _model_of(folder)
+        load_generation_config(model, folder)
     if (folder / FILE_NAME).is_file():
         model = apply_manifest(model, Manifest.load(folder))
     for name, layer in storage.layers.items():

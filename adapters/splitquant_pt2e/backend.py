@@ -97,6 +97,9 @@ class Pt2eBackend(Backend):
 
 def export(model: nn.Module, example: Batch) -> GraphModule:
     """Export a model that takes tensors [batch, sequence] by name, with both sizes free."""
+    config = getattr(model, "config", None)
+    if getattr(config, "use_cache", False):  # a cache of keys and values is no tensor that a graph could return
+        config.use_cache = False  # type: ignore[union-attr]
     free = torch.export.Dim.DYNAMIC
     shapes = {name: dict.fromkeys(range(min(tensor.ndim, 2)), free) for name, tensor in example.items()}
     with torch.no_grad():

@@ -25,7 +25,12 @@ from splitquant_plugins.checkpoints.files import read_json, write_json
 from splitquant_plugins.checkpoints.headers import TensorSpec
 from splitquant_plugins.checkpoints.source import SINGLE_FILE
 from splitquant_plugins.checkpoints.tensors import read_state, untied_state, write_tensors
-from splitquant_plugins.checkpoints.transformers_models import empty_model, load_config
+from splitquant_plugins.checkpoints.transformers_models import (
+    empty_model,
+    load_config,
+    load_generation_config,
+    save_generation_config,
+)
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
 from splitquant_plugins.manifest import FILE_NAME, Manifest, manifest_of
 from splitquant_plugins.modules import SplitModule
@@ -86,6 +91,7 @@ def write_description(folder: Path, model: nn.Module, qmap: dict[str, dict[str, 
         config = model.config.to_dict()
         config.pop("quantization_config", None)
         write_json(folder / "config.json", {**config, "architectures": [type(model).__name__]})
+        save_generation_config(model, folder)
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -106,6 +112,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
         config = _config_of(folder)
         with init_empty_weights():
             model = empty_model(config, folder)
+        load_generation_config(model, folder)
     model = apply_manifest(model, manifest)
     for name in qmap:
         if name not in dict(model.named_modules()):

@@ -4,28 +4,84 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable
+import secrets
+import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from splitquant_plugins.errors import InputError
 
 
+def refuse_output_file(path: Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Raise InputError unless a file can be written there that replaces no link, no device and no input.
+
+    `inputs` are files that were read, and folders, whose files are not replaced either.
+    """
+    _refuse_special(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file in it")
+    for name in inputs:
+        source = Path(name)
+        inside = [source / entry for entry in os.listdir(source)] if source.is_dir() else [source]
+        if path.exists() and any(each.exists() and path.samefile(each) for each in inside):
+            raise InputError(f"{path} is an input of this command, and would be overwritten; choose another name")
+    _refuse_unwritable(path.parent, path)
+
+
+def refuse_output_folder(path: Path) -> None:
+    """Raise InputError unless a folder can be made there, or an empty one be replaced."""
+    if path.name in ("", ".."):
+        raise InputError(f"{path} is no name for a new folder; choose another --output")
+    if path.is_symlink():
+        raise InputError(f"{path} is a symbolic link, which is not replaced; give the folder itself as --output")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists and is not an empty folder; choose another --output")
+    if path.exists() and path.samefile(Path.cwd()):
+        raise InputError(f"{path} is the current folder, which is not replaced; choose another --output")
+    _refuse_unwritable(path.parent, path)
+
+
+def _refuse_special(path: Path) -> None:
+    """Raise InputError for what renaming a file into its place would destroy."""
+    if path.is_symlink():
+        raise InputError(f"{path} is a symbolic link, which is not replaced; give the file itself")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path} is a device, a pipe or a socket, which is not replaced; give a file")
+
+
+def _refuse_unwritable(folder: Path, wanted: Path) -> None:
+    while not folder.exists() and folder != folder.parent:
+        if folder.is_symlink():
+            raise InputError(f"cannot write {wanted}: {folder} is a symbolic link to nowhere")
+        folder = folder.parent
+    if not folder.is_dir():
+        raise InputError(f"cannot write {wanted}: {folder} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {wanted}: no permission to write into {folder}")
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it into place."""
+    """Let `write` fill a temporary file beside `path`, then rename it into place.
+
+    A new file gets the permissions that the umask leaves, a replaced one keeps its own. A symbolic link, a device
+    or a pipe is an InputError, and is left alone.
+    """
+    _refuse_special(path)
+    mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        created = stat.S_IMODE(temporary.stat().st_mode)
     except OSError as error:  # which names the temporary file, or a folder above
         raise OSError(error.errno, error.strerror, str(path)) from None
-    os.close(handle)
     try:
-        write(Path(temporary))
-        os.chmod(temporary, 0o644)
+        write(temporary)
+        os.chmod(temporary, created if mode is None else mode)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

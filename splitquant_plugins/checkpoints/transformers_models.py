@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
+from splitquant_plugins.checkpoints.files import read_json, write_json
 from splitquant_plugins.checkpoints.source import SINGLE_FILE, Source, is_sharded
 from splitquant_plugins.errors import InputError, MissingExtraError, first_line
 
@@ -107,13 +108,45 @@ def _loaded_whole(kind: Any, model: str) -> nn.Module:
     return whole
 
 
-def max_length_of_config(model: str, limit: int = 512) -> int:
-    """Longest input in tokens that a model takes, at most `limit`; read from its configuration."""
-    return min(int(getattr(load_config(model), "max_position_embeddings", None) or limit), limit)
+GENERATION_FILE = "generation_config.json"
+
+
+def save_generation_config(model: nn.Module, folder: Path) -> None:
+    """Write how a model generates, where it says so: at which tokens it stops, how it samples."""
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        write_json(folder / GENERATION_FILE, generation.to_dict())
+
+
+def load_generation_config(model: nn.Module, folder: Path) -> None:
+    """Give a model the generation config of a folder, where there is one."""
+    if hasattr(model, "generation_config") and (folder / GENERATION_FILE).is_file():
+        transformers = require_transformers()
+        content = read_json(folder / GENERATION_FILE)
+        try:
+            cast(Any, model).generation_config = transformers.GenerationConfig.from_dict(content)
+        except Exception as error:  # whatever transformers makes of values that are not what they should be
+            raise InputError(f"{folder / GENERATION_FILE} is damaged: {first_line(error)}") from None
+
+
+# Position numbers of these start behind that of the padding token.
+OFFSET_POSITIONS = (
+    *("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm", "xmod", "data2vec-text"),
+    *("longformer", "mpnet", "esm", "ibert", "luke", "mluke", "layoutlmv3", "lilt", "markuplm", "bigbird_roberta"),
+)
+
+
+def max_length_of(config: Any, limit: int = 512) -> int:
+    """Longest input in tokens that a model of that configuration takes, at most `limit`."""
+    positions = int(getattr(config, "max_position_embeddings", None) or limit)
+    if getattr(config, "model_type", None) in OFFSET_POSITIONS:
+        padding = getattr(config, "pad_token_id", None)
+        positions -= 1 + (1 if padding is None else int(padding))
+    return max(1, min(positions, limit))
 
 
 def load_tokenizer(model: str) -> Any:
-    """Load the tokenizer of a model; one that knows fewer words than the model embeds is refused."""
+    """Load the tokenizer of a model; one without its vocabulary or without a padding token is refused."""
     transformers = require_transformers()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
@@ -121,6 +154,11 @@ def load_tokenizer(model: str) -> Any:
         raise InputError(f"cannot load the tokenizer of {model}: {first_line(error)}") from None
     if len(tokenizer) < 100:  # a vocabulary that was not found leaves only the special tokens
         raise InputError(f"the tokenizer of {model} knows only {len(tokenizer)} tokens; is vocab.txt there?")
+    if tokenizer.pad_token is None:
+        raise InputError(
+            f"the tokenizer of {model} has no padding token, and texts of several lengths cannot be put together: set "
+            "pad_token in its tokenizer_config.json, and pad_token_id in config.json"
+        )
     return tokenizer
 
 

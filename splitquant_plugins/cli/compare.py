@@ -13,6 +13,7 @@ from splitquant_plugins.cli.options import (
     json_option,
     pass_options,
     quiet_libraries,
+    refuse_inputs_as_output,
     split_options,
 )
 
@@ -76,6 +77,7 @@ def compare(
     from splitquant_plugins.plugins import Plugins
 
     quiet_libraries()
+    refuse_inputs_as_output(json_path, model, data, calibration)
     requests = [WeightRequest(width, granularity, group_size, scheme) for width in weights]
     options = pass_options(k, budget, jobs, extra)
     batches = None if calibration is None else comparison.calibration_batches(model, calibration)

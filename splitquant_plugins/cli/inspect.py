@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from splitquant_plugins.cli.options import json_option, pass_options, quiet_libraries
+from splitquant_plugins.cli.options import json_option, pass_options, quiet_libraries, refuse_inputs_as_output
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,8 +74,10 @@ def inspect(
     from splitquant_plugins.plugins import Plugins
 
     quiet_libraries()
+    refuse_inputs_as_output(json_path, model)
     if picture is not None:
         pictures.check_target(picture)
+        refuse_inputs_as_output(picture if picture.suffix else None, model)
         pictures.require_matplotlib()
     plugins = context.find_object(Plugins) or Plugins.load()
     options = {"include": patterns, **pass_options(k, None, 1, extra)}

@@ -8,7 +8,18 @@ from typing import Any
 
 import click
 
+from splitquant_plugins.checkpoints.files import refuse_output_file
 from splitquant_plugins.errors import ConfigError
+
+# What the commands have an option of their own for, which -O would overrule or contradict.
+OWN_OPTIONS = {
+    "k": "--k",
+    "budget": "--budget",
+    "jobs": "--jobs",
+    "seed": "--seed",
+    "splitter": "--split",
+    "calibration": "--calibration",
+}
 
 
 class CommaList(click.ParamType):
@@ -34,8 +45,21 @@ class CommaList(click.ParamType):
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --json FILE."""
     return click.option(
-        "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write the rows as JSON too."
+        "--json", "json_path", type=click.Path(path_type=Path), callback=_writable, help="Write the rows as JSON too."
     )(command)
+
+
+def _writable(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Find out before any work whether the file can be written."""
+    if path is not None:
+        refuse_output_file(path)
+    return path
+
+
+def refuse_inputs_as_output(path: Path | None, *inputs: str | Path | None) -> None:
+    """Raise InputError where the file to be written is one of those that are read, or in such a folder."""
+    if path is not None:
+        refuse_output_file(path, [each for each in inputs if each is not None and Path(each).exists()])
 
 
 def grid_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,11 +96,18 @@ def pass_options(k: int | None, budget: float | None, jobs: int, extra: tuple[st
     """Return the keywords of SplitQuantPass; NAME=VALUE are true, false, numbers, lists with commas, or text."""
     options: dict[str, Any] = {"jobs": jobs}
     options.update({name: value for name, value in (("k", k), ("budget", budget)) if value is not None})
+    given: set[str] = set()
     for item in extra:
         name, equals, value = item.partition("=")
         if not equals or not name:
             raise ConfigError(f"-O {item}: write NAME=VALUE")
-        options[name.strip().replace("-", "_")] = _parsed(value.strip())
+        name = name.strip().replace("-", "_")
+        if name in OWN_OPTIONS:
+            raise ConfigError(f"-O {item}: write {OWN_OPTIONS[name]} {value.strip()}")
+        if name in given:
+            raise ConfigError(f"-O {name} is given twice")
+        given.add(name)
+        options[name] = _parsed(value.strip())
     return options
 
 

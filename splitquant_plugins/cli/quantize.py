@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from splitquant_plugins.cli.options import grid_options, json_option, pass_options, quiet_libraries, split_options
+from splitquant_plugins.cli.options import (
+    grid_options,
+    json_option,
+    pass_options,
+    quiet_libraries,
+    refuse_inputs_as_output,
+    split_options,
+)
 
 
 @click.command()
@@ -51,6 +58,7 @@ def quantize(
     from splitquant_plugins.streaming.quantize_model import quantize_model
 
     quiet_libraries()
+    refuse_inputs_as_output(json_path, model, calibration)
     options = {**pass_options(k, budget, jobs, extra), "seed": seed, "progress": True}
     if calibration is not None:
         options["calibration"] = calibration_batches(model, calibration)

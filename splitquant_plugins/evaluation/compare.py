@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from splitquant_plugins.backends import ROUND_TO_NEAREST, Backend, WeightFormat, WeightRequest
 from splitquant_plugins.checkpoints.transformers_models import (
     load_classifier,
+    load_config,
     load_model,
     load_tokenizer,
-    max_length_of_config,
+    max_length_of,
 )
 from splitquant_plugins.decoupleq.decoupleq_pass import DecoupleQPass
-from splitquant_plugins.errors import ConfigError
-from splitquant_plugins.evaluation.metrics import accuracy, logits_of, max_length_of, measure, run_of, tokenize
+from splitquant_plugins.errors import ConfigError, InputError, first_line
+from splitquant_plugins.evaluation.metrics import accuracy, logits_of, measure, run_of, tokenize
 from splitquant_plugins.evaluation.peak_memory import PeakMemory
 from splitquant_plugins.evaluation.texts import LabelledTexts, load_texts, load_unlabelled
 from splitquant_plugins.passes.base import ModelPass
@@ -134,10 +135,24 @@ def calibration_batches(model: str, source: str, limit: int = CALIBRATION_TEXTS)
     With the source `self` a causal language model writes as many sequences of its own.
     """
     if source == OWN_TEXT:
-        length = max_length_of_config(model, _OWN_LENGTH)
+        length = max_length_of(load_config(model), _OWN_LENGTH)
         return self_calibration(load_model(model), sequences=limit, length=length)
     texts = load_unlabelled(source, limit)
-    return tokenize(load_tokenizer(model), texts, max_length_of_config(model), batch_size=32)
+    config = load_config(model)
+    batches = tokenize(load_tokenizer(model), texts, max_length_of(config), batch_size=32)
+    refuse_unknown_tokens(batches, getattr(config, "vocab_size", None), model)
+    return batches
+
+
+def refuse_unknown_tokens(batches: Sequence[dict[str, Tensor]], embedded: int | None, model: str) -> None:
+    """Raise InputError where a text holds a token that the model does not embed."""
+    for batch in batches:
+        highest = int(batch["input_ids"].max())
+        if embedded is not None and highest >= embedded:
+            raise InputError(
+                f"the tokenizer of {model} makes token {highest}, and the model embeds {embedded}: they are not of one "
+                "model, or the model's embedding was not resized"
+            )
 
 
 def equal_storage_runs(plugins: Plugins, runs: Sequence[Run]) -> list[Run]:
@@ -171,8 +186,13 @@ def load_subject(model: str, data: str, limit: int | None = None, *, by_length: 
     if by_length:
         order = sorted(range(len(texts.texts)), key=lambda number: -len(texts.texts[number]))
         texts = replace(texts, texts=[texts.texts[n] for n in order], labels=[texts.labels[n] for n in order])
-    batches = tokenize(tokenizer, texts.texts, max_length_of(loaded))
-    return Subject(model, loaded, texts, batches, logits_of(run_of(loaded), batches))
+    batches = tokenize(tokenizer, texts.texts, max_length_of(config))
+    refuse_unknown_tokens(batches, getattr(config, "vocab_size", None), model)
+    try:
+        logits = logits_of(run_of(loaded), batches)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{model} cannot be run on {data}: {first_line(error)}") from None
+    return Subject(model, loaded, texts, batches, logits)
 
 
 def compare(

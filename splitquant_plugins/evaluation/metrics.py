@@ -52,12 +52,6 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int, batch_size: 
     ]
 
 
-def max_length_of(model: nn.Module) -> int:
-    """Longest input in tokens that a transformers model takes, at most 512."""
-    length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return min(int(length), 512) if length else 512
-
-
 @torch.no_grad()
 def logits_of(run: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> Tensor:
     """Return the logits [n, labels] of all batches, in float64."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def print_table(
     for row in rows:
         table.add_row(*(show(row[key]) for key, _, show in columns))
     console = console or Console()
-    if not console.is_terminal:  # a pipe or a file has no width to fit into
+    if not console.is_terminal and not os.environ.get("COLUMNS"):  # a pipe or a file has no width to fit into
         console = Console(width=200, file=console.file)
     console.print(table)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from splitquant_plugins.errors import InputError, MissingExtraError, first_line
 
+LONGEST_FIELD = 2**31 - 1  # characters; the csv module's own limit, 131072, is shorter than some texts
 SPLITS = ("test", "validation", "train")
 
 
@@ -65,6 +66,7 @@ def load_unlabelled(source: str, limit: int) -> list[str]:
 
 
 def _csv_rows(path: Path, *, need_label: bool = True) -> Iterable[tuple[str, str]]:
+    limit = csv.field_size_limit(LONGEST_FIELD)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -72,13 +74,21 @@ def _csv_rows(path: Path, *, need_label: bool = True) -> Iterable[tuple[str, str
             if missing:
                 raise InputError(f"{path} has no column {' and '.join(sorted(missing))}; it needs text,label")
             for row in reader:
-                if row["text"] is None or (need_label and row["label"] is None):
+                if None in row:
+                    many = len(reader.fieldnames or ()) + len(row[None])  # type: ignore[index]
+                    raise InputError(
+                        f"{path}, line {reader.line_num}: {many} fields, where the first line names "
+                        f"{len(reader.fieldnames or ())}; put a text with commas in double quotes"
+                    )
+                if any(value is None for value in row.values()):
                     raise InputError(f"{path}, line {reader.line_num}: a field is missing")
                 yield row["text"], row.get("label") or ""
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not a csv in UTF-8: {error.reason} at byte {error.start}") from None
     except csv.Error as error:
         raise InputError(f"{path} is not a csv: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _hub_rows(source: str) -> Iterable[tuple[str, Any]]:

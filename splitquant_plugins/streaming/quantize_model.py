@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from splitquant_plugins.backends import Backend, Batch, WeightFormat, WeightRequest
+from splitquant_plugins.checkpoints.files import refuse_output_folder
 from splitquant_plugins.checkpoints.source import is_sharded
 from splitquant_plugins.checkpoints.transformers_models import load_model
 from splitquant_plugins.errors import ConfigError, InputError, first_line
@@ -33,6 +34,8 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+# Where generation stops, and how it samples; how images and sounds are prepared.
+OTHER_FILES = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
 
 
 def quantize_model(
@@ -57,8 +60,7 @@ def quantize_model(
     first = None if splitter == "none" else SplitQuantPass(splitter=splitter, plugins=plugins, **options)
     if first is None:
         raise ConfigError("split 'none': a plain model is saved by the backend's own tools; choose a splitter")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} exists and is not an empty folder; choose another --output")
+    refuse_output_folder(output)
     if stream is None:
         needs_model = first.calibration is not None or first.config.budget is not None or first.config.activations
         stream = is_sharded(model) and chosen.packer(form) is not None and not needs_model
@@ -87,7 +89,7 @@ def _in_memory(chosen: Backend, model: str, form: WeightFormat, first: SplitQuan
         source = _folder_of(model)
         with _writing(output):
             chosen.save(quantized, temporary)
-            _copy_tokenizer(source, temporary)
+            _copy_files(source, temporary)
     stored = [part for parts in quantized.layers.values() for part in parts]
     weights = sum(parts[0].weight.numel() for parts in quantized.layers.values())
     return {
@@ -110,7 +112,7 @@ def _stream(chosen: Backend, model: str, form: WeightFormat, first: SplitQuantPa
     folder = Path(model)
     if not folder.is_dir():
         raise InputError(f"{model} is not a folder, and only local checkpoints are streamed; download it first")
-    made = stream_model(folder, output, first, packer, form, extras=partial(_copy_tokenizer, folder))
+    made = stream_model(folder, output, first, packer, form, extras=partial(_copy_files, folder))
     return {
         "layers_split": len(made.manifest.split),
         "layers_quantized": made.packed,
@@ -128,11 +130,11 @@ def _appearing(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its place in the end; it is made first, so that no work is lost."""
     with _writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
+        temporary.mkdir()  # with the permissions that the umask leaves
     try:
         yield temporary
         with _writing(output):
-            temporary.chmod(0o755)
             temporary.replace(output)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -150,17 +152,17 @@ def _writing(output: Path) -> Iterator[None]:
 
 
 def _folder_of(model: str) -> Path:
-    """The folder of a model, or that of the Hub's cache with its tokenizer."""
+    """The folder of a model, or that of the Hub's cache with its tokenizer and the like."""
     folder = Path(model)
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model, allow_patterns=list(TOKENIZER_FILES)))
+    return Path(snapshot_download(model, allow_patterns=[*TOKENIZER_FILES, *OTHER_FILES]))
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    for name in TOKENIZER_FILES:
+def _copy_files(source: Path, target: Path) -> None:
+    for name in (*TOKENIZER_FILES, *OTHER_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 

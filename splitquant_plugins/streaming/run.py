@@ -140,6 +140,7 @@ class _Run:
                 next(bar)
                 self._write(unit, next(made), writer, record)
             record.bytes = writer.finish()
+            record.digest = writer.digest
             self._place.write_record(file, record)
             writer.publish()
         return record
@@ -269,7 +270,15 @@ def _refuse_what_needs_the_model(first: SplitQuantPass) -> None:
 def _refuse_small_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise InputError(f"{folder} needs up to {needed / 1e9:.1f} GB more, and its disk has {free / 1e9:.1f} GB free")
+        raise InputError(f"{folder} needs up to {_size(needed)} more, and its disk has {_size(free)} free")
+
+
+def _size(count: int) -> str:
+    """Bytes in the largest unit that leaves at least 1."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
 
 
 def _plan(source: Source, first: SplitQuantPass, form: WeightFormat, shard_bytes: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 It holds `plan.json`, which says what is being made of what; `done/`, a record for each shard; and `model/`, which
 becomes the output. A record is written before its shard appears, and a shard appears whole, so that a shard is
-done when both are there and the sizes agree.
+done when both are there, and size and SHA-256 of the one are those that the other states.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from splitquant_plugins.checkpoints.files import read_json, write_json, write_text
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.manifest import LayerRecord
-from splitquant_plugins.streaming.writer import sync_folder
+from splitquant_plugins.streaming.writer import digest_of, sync_folder
 
 try:
     import fcntl
@@ -27,11 +27,12 @@ except ImportError:  # Windows
 
 
 class ShardRecord(BaseModel):
-    """What a finished shard holds: bytes of the file, bytes by tensor, stored bits, layers as in the manifest."""
+    """What a finished shard holds: bytes and digest of the file, bytes by tensor, bits, layers as in the manifest."""
 
     model_config = ConfigDict(extra="forbid")
 
     bytes: int
+    digest: str = ""
     tensors: dict[str, int]
     packed: list[str] = []
     same_as: dict[str, str] = {}
@@ -93,7 +94,9 @@ class Workplace:
         except (FileNotFoundError, ValidationError):
             return None
         shard = self.model / file
-        return record if shard.is_file() and shard.stat().st_size == record.bytes else None
+        if not shard.is_file() or shard.stat().st_size != record.bytes or digest_of(shard) != record.digest:
+            return None
+        return record
 
     def write_record(self, file: str, record: ShardRecord) -> None:
         """Write the record of a shard that is about to appear."""
@@ -101,7 +104,6 @@ class Workplace:
 
     def publish(self) -> None:
         """Move the finished model to its place, and clear the rest away."""
-        self.model.chmod(0o755)
         sync_folder(self.model)
         self.model.replace(self.output)
         sync_folder(self.output.parent)

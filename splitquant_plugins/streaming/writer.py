@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -31,6 +32,7 @@ class ShardWriter:
         self._placed: dict[str, tuple[TensorSpec, int]] = {}
         self._end = 0
         self._last: dict[str, Tensor] = {}
+        self._hash = hashlib.sha256()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -50,13 +52,20 @@ class ShardWriter:
         else:
             self._append(name, spec, blocks)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the finished file, as `digest_of` reads it."""
+        return self._hash.hexdigest()
+
     def finish(self) -> int:
-        """Make the file appear under its name, whole; return its size."""
+        """Write everything to the disk; return the size of the file."""
         for name, tensor in sorted(self._last.items(), key=lambda item: -item[1].dtype.itemsize):
             self._append(name, TensorSpec(tensor.dtype, tuple(tensor.shape)), [tensor])
         size = self._header + self._end
         self._file.seek(0)
-        self._file.write(header_bytes(self._placed, self._header))
+        header = header_bytes(self._placed, self._header)
+        self._file.write(header)
+        self._hash.update(header)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -72,11 +81,25 @@ class ShardWriter:
         for block in blocks:
             raw = block.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
             self._file.write(raw.data)
+            self._hash.update(raw.data)
             written += raw.size
         if written != spec.bytes:
             raise ValueError(f"{name}: {written} bytes were written of {spec.bytes}")
         self._placed[name] = (spec, self._end)
         self._end += written
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a safetensors file, its data before its header, as they are written."""
+    hashed = hashlib.sha256()
+    with path.open("rb") as file:
+        length = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(length)
+        while block := file.read(1 << 24):
+            hashed.update(block)
+        file.seek(0)
+        hashed.update(file.read(min(length, path.stat().st_size)))
+    return hashed.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -350,7 +350,7 @@ def test_a_device_that_really_is_full(checkpoints, stream, monkeypatch):
 def test_a_disk_that_is_too_small_is_refused_before_work_begins(checkpoints, stream, tmp_path, monkeypatch):
     folder = checkpoints.save(checkpoints.bert())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**3, 10**3))
-    with pytest.raises(InputError, match=r"needs up to 0\.\d GB more, and its disk has 0\.0 GB free"):
+    with pytest.raises(InputError, match=r"needs up to \d+\.\d [kM]B more, and its disk has 1\.0 kB free"):
         stream(folder)
     assert not list((tmp_path / "streamed.partial" / "model").iterdir())
 
