@@ -1,0 +1,54 @@
+"""A shard counts as done only where its file is the one that was written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from splitquant_plugins.checkpoints.headers import TensorSpec
+from splitquant_plugins.streaming.workplace import ShardRecord, Workplace
+from splitquant_plugins.streaming.writer import ShardWriter, digest_of
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A half-done output with one finished shard."""
+    made = Workplace(tmp_path / "out")
+    with made.locked():
+        made.begin({"what": "a test"})
+        with ShardWriter(made.model / "one.safetensors", 256) as writer:
+            for name, tensor in (("a", torch.arange(8.0)), ("odd", torch.ones(3, dtype=torch.uint8))):
+                writer.add(name, TensorSpec(tensor.dtype, tuple(tensor.shape)), [tensor])
+            record = ShardRecord(bytes=writer.finish(), digest=writer.digest, tensors={"a": 32, "odd": 3})
+            made.write_record("one.safetensors", record)
+            writer.publish()
+        yield made
+
+
+def test_the_digest_is_that_of_the_file(place):
+    record = place.record_of("one.safetensors")
+    assert record is not None
+    assert digest_of(place.model / "one.safetensors") == record.digest
+
+
+@pytest.mark.parametrize("where", [0, 20, 260, -1])
+def test_a_shard_of_the_right_size_and_other_bytes_is_made_again(place, where):
+    path = place.model / "one.safetensors"
+    content = bytearray(path.read_bytes())
+    content[where] ^= 1
+    path.write_bytes(content)
+    assert place.record_of("one.safetensors") is None
+
+
+def test_mutated_records_are_made_again_or_equal(place, mutations, count_cases):
+    path = place.folder / "done" / "one.safetensors.json"
+    found = place.record_of("one.safetensors")
+    refused = 0
+    mutants = list(mutations(path.read_text()))
+    for text in mutants:
+        path.write_text(text)
+        record = place.record_of("one.safetensors")
+        refused += record is None
+        assert record is None or record.digest == found.digest
+    count_cases("streaming's shard records mutated", len(mutants), f"{refused} refused")
+    assert refused > len(mutants) / 4
