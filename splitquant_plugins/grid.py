@@ -89,7 +89,8 @@ class UniformGrid:
 
     `symmetric_scale`: `restricted` is max|x| / (2^(b-1) - 1) with codes ±(2^(b-1) - 1), as NPUs have it;
     `full` is 2 max|x| / (2^b - 1) with codes -2^(b-1) to 2^(b-1) - 1, as torchao's PT2E observers have it
-    (its largest positive values are clipped, and it is not idempotent).
+    (its largest positive values are clipped, and it is not idempotent). `power_of_two_scale` rounds scales up to a
+    power of two, as ESP-DL and other targets that shift instead of multiplying have them.
     """
 
     bits: int
@@ -98,6 +99,7 @@ class UniformGrid:
     group_size: int | None = None
     symmetric_scale: SymmetricScale = "restricted"
     scale_bits: int = 32
+    power_of_two_scale: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -150,6 +152,8 @@ class UniformGrid:
         else:
             scale = torch.maximum(-low, high) / ((qmax - qmin) / 2)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        if self.power_of_two_scale:
+            scale = next_power_of_two(scale)
         if self.scheme == "symmetric":
             return scale, torch.zeros_like(scale)
         return scale, (qmin - torch.round(low / scale)).clamp(qmin, qmax)
@@ -174,3 +178,9 @@ class UniformGrid:
         number = sum(part.shape[0] for part in self.groups(torch.empty(shape, device="meta")))
         zero_point_bits = self.bits if self.scheme == "affine" else 0
         return shape.numel() * self.bits + number * (self.scale_bits + zero_point_bits)
+
+
+def next_power_of_two(scale: Tensor) -> Tensor:
+    """The least powers of two that are not below positive scales; exact, in the scales' dtype."""
+    mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2**exponent, mantissa in [0.5, 1)
+    return torch.ldexp(torch.ones_like(scale), torch.where(mantissa == 0.5, exponent - 1, exponent))

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from splitquant_pt2e.activations import chunk_scales
     from splitquant_pt2e.graph import split_graph
     from splitquant_pt2e.grid import Pt2eGrid
+    from splitquant_pt2e.observed_grid import ObservedGrid, grid_of_spec
     from splitquant_pt2e.part_outputs import integer_parts
     from splitquant_pt2e.quantizer import LowBitWeightQuantizer
     from splitquant_pt2e.storage import load, save
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
 
 _HOME = {
     "LowBitWeightQuantizer": "quantizer",
+    "ObservedGrid": "observed_grid",
     "Pt2eGrid": "grid",
     "chunk_scales": "activations",
+    "grid_of_spec": "observed_grid",
     "integer_parts": "part_outputs",
     "load": "storage",
     "save": "storage",
@@ -25,8 +28,10 @@ _HOME = {
 
 __all__ = [
     "LowBitWeightQuantizer",
+    "ObservedGrid",
     "Pt2eGrid",
     "chunk_scales",
+    "grid_of_spec",
     "integer_parts",
     "load",
     "save",

@@ -25,6 +25,7 @@ def _first(*names: str) -> ModuleType:
 _quantizer = _first("torchao.quantization.pt2e.quantizer", "torch.ao.quantization.quantizer")
 _from_torchao = _quantizer.__name__.startswith("torchao")
 _observer = import_module("torchao.quantization.pt2e.observer" if _from_torchao else "torch.ao.quantization.observer")
+_prepare = import_module("torchao.quantization.pt2e.prepare" if _from_torchao else "torch.ao.quantization.pt2e.prepare")
 _flow = import_module(
     "torchao.quantization.pt2e.quantize_pt2e" if _from_torchao else "torch.ao.quantization.quantize_pt2e"
 )
@@ -44,3 +45,14 @@ def fold_batchnorms(model: GraphModule) -> None:
     for name in ("_fuse_conv_bn_", "_fuse_linear_bn_"):
         if hasattr(_flow, name):
             getattr(_flow, name)(model)
+
+
+def new_observer(spec: Any) -> Any:
+    """Return a fresh observer (or fake quantizer) of a specification, as prepare_pt2e makes it.
+
+    Raises ValueError for a specification that takes its scale from another place of the graph.
+    """
+    if not hasattr(spec, "observer_or_fake_quant_ctr") and not hasattr(spec, "scale"):
+        raise ValueError(f"a {type(spec).__name__} takes its scale from another place of the graph")
+    made: Any = _prepare._create_obs_or_fq_from_qspec(spec, {}, False)
+    return made

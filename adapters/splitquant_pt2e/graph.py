@@ -27,8 +27,8 @@ from splitquant_plugins.passes.select import (
 from splitquant_plugins.passes.split_layer import SplitTensors
 from splitquant_plugins.plan import LayerPlan
 from splitquant_pt2e.annotation import input_spec, redirect_all, resolved
-from splitquant_pt2e.grid import Pt2eGrid
 from splitquant_pt2e.layers import NAME, LayerCall, innermost_module, layer_calls, layer_name, layer_plan, tensor_of
+from splitquant_pt2e.observed_grid import grid_of_spec
 from splitquant_pt2e.parallel_parts import Moves, PartStore, replace_call
 
 if TYPE_CHECKING:
@@ -81,9 +81,11 @@ def split_graph(
     chosen = [layer for layer in layers if layer.reason is None and layer.plan is not None]
     refuse_unfit_weights([Layer(tuple(layer.names), model, layer.plan) for layer in chosen if layer.plan])
     for layer in chosen:
-        layer.grid = _inferred_grid(layer) if annotated else grid(layer.name) if callable(grid) else grid
+        layer.grid = _inferred_grid(layer, split_pass) if annotated else grid(layer.name) if callable(grid) else grid
         if layer.grid is None and split_pass._splitter.needs_grid:
-            raise ConfigError(_no_grid(layer, split_pass, annotated))
+            raise ConfigError(
+                f"{_needs_grid(split_pass)}: pass a grid to split_graph, or attach the pass to a quantizer"
+            )
     _split_tensors(chosen, split_pass)
     records = [_record(layer, split_pass) for layer in layers]
     if not any(record.action == "split" for record in records):
@@ -194,19 +196,21 @@ def _embedding_weights(model: GraphModule) -> dict[int, str]:
     return found
 
 
-def _inferred_grid(layer: GraphLayer) -> Grid | None:
+def _inferred_grid(layer: GraphLayer, split_pass: SplitQuantPass) -> Grid | None:
     call = layer.calls[0]
-    return Pt2eGrid.of_spec(resolved(input_spec(call.node, call.weight)), call.axis)
+    try:
+        return grid_of_spec(resolved(input_spec(call.node, call.weight)), call.axis)
+    except ConfigError as error:
+        if not split_pass._splitter.needs_grid:
+            return None
+        raise ConfigError(
+            f"{_needs_grid(split_pass)}, and it cannot be told from how the quantizer observes {layer.name}.weight: "
+            f"{error}; use a splitter that needs no grid"
+        ) from error
 
 
-def _no_grid(layer: GraphLayer, split_pass: SplitQuantPass, annotated: bool) -> str:
-    needs = f"splitter {split_pass.config.splitter!r} needs the grid that the parts will be rounded to"
-    if annotated:
-        return (
-            f"{needs}, and it cannot be inferred from how the quantizer observes {layer.name}.weight; use a splitter "
-            "that needs no grid, or a quantizer with min-max observers for int8 weights"
-        )
-    return f"{needs}: pass a grid to split_graph, or attach the pass to a quantizer"
+def _needs_grid(split_pass: SplitQuantPass) -> str:
+    return f"splitter {split_pass.config.splitter!r} needs the grid that the parts will be rounded to"
 
 
 def _split_tensors(layers: Sequence[GraphLayer], split_pass: SplitQuantPass) -> None:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from splitquant_plugins.errors import ConfigError
-from splitquant_plugins.grid import Granularity, Scheme, UniformGrid
+from splitquant_plugins.grid import Granularity, Scheme, UniformGrid, next_power_of_two
 
 EPS = torch.finfo(torch.float32).tiny  # floors no scale but that of an all-zero group
-OBSERVERS = ("MinMaxObserver", "PerChannelMinMaxObserver")
-HOMES = ("torchao.quantization.pt2e.", "torch.ao.quantization.")
 SCHEMES: dict[torch.qscheme, tuple[Scheme, Granularity]] = {
     torch.per_tensor_affine: ("affine", "tensor"),
     torch.per_tensor_symmetric: ("symmetric", "tensor"),
@@ -30,7 +27,8 @@ class Pt2eGrid:
     An affine scale is (max - min) / (highest - lowest) over a range that includes 0, with an integer zero
     point. A symmetric one is max|w| / ((highest - lowest) / 2): the restricted rule of NPUs where the codes are
     -(2^(b-1) - 1) to 2^(b-1) - 1, and PT2E's own, which clips the largest positive values, where they start
-    one lower.
+    one lower. Codes may be unsigned (`lowest` 0) where the scheme is affine. `power_of_two_scale` rounds scales up
+    to a power of two, as targets that shift instead of multiplying have them.
     """
 
     lowest: int
@@ -38,10 +36,15 @@ class Pt2eGrid:
     scheme: Scheme = "affine"
     granularity: Granularity = "channel"
     eps: float = EPS
+    power_of_two_scale: bool = False
 
     def __post_init__(self) -> None:
-        if not self.lowest < 0 < self.highest or self.lowest < -128 or self.highest > 127:
-            raise ConfigError(f"codes {self.lowest} to {self.highest}: PT2E's weights are signed, of at most 8 bits")
+        unsigned = self.lowest == 0 and self.scheme == "affine"
+        if not (self.lowest < 0 or unsigned) or self.highest <= 0 or not 2 <= self.bits <= 8:
+            raise ConfigError(
+                f"codes {self.lowest} to {self.highest}: PT2E's weights have 2 to 8 bits and a code for 0; unsigned "
+                "ones are affine"
+            )
         if self.granularity == "group":
             raise ConfigError("granularity 'group': PT2E's decomposed operators have scales per tensor or channel")
         self._uniform  # noqa: B018 - it checks the other fields
@@ -86,9 +89,12 @@ class Pt2eGrid:
         floor = torch.tensor(self.eps, device=groups.device)
         if self.scheme == "symmetric":
             scale = torch.maximum(torch.maximum(-low, high) / ((self.highest - self.lowest) / 2), floor)
-            return scale, torch.zeros_like(scale)
-        scale = torch.maximum((high - low) / (self.highest - self.lowest), floor)
+            return self._allowed(scale), torch.zeros_like(scale)
+        scale = self._allowed(torch.maximum((high - low) / (self.highest - self.lowest), floor))
         return scale, (self.lowest - torch.round(low / scale)).clamp(self.lowest, self.highest)
+
+    def _allowed(self, scale: Tensor) -> Tensor:
+        return next_power_of_two(scale) if self.power_of_two_scale else scale
 
     def quantize(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes (as floats) of 2-D `groups`, with their scale and zero point."""
@@ -107,28 +113,3 @@ class Pt2eGrid:
     def stored_bits(self, shape: torch.Size) -> int:
         """Bits that a weight of this shape takes in packed form; PT2E itself stores a byte for each code."""
         return self._uniform.stored_bits(shape)
-
-    @classmethod
-    def of_spec(cls, spec: Any, axis: int) -> Pt2eGrid | None:
-        """Return the grid of a weight's QuantizationSpec, or None where it cannot be inferred exactly.
-
-        It can for int8 codes and the plain min-max observers. `axis` is the dimension that holds the output
-        channels.
-        """
-        constructor = getattr(spec, "observer_or_fake_quant_ctr", None)
-        partial = getattr(constructor, "p", None)
-        observer: Any = partial.func if partial is not None else constructor
-        options = dict(partial.keywords) if partial is not None else {}
-        if getattr(observer, "__name__", "") not in OBSERVERS or not observer.__module__.startswith(HOMES):
-            return None
-        if not set(options) <= {"eps"} or spec.dtype != torch.int8 or spec.is_dynamic or spec.qscheme not in SCHEMES:
-            return None
-        scheme, granularity = SCHEMES[spec.qscheme]
-        if (granularity == "channel") != (observer.__name__ == OBSERVERS[1]):
-            return None
-        if granularity == "channel" and spec.ch_axis != axis:
-            return None
-        lowest = -128 if spec.quant_min is None else spec.quant_min
-        highest = 127 if spec.quant_max is None else spec.quant_max
-        eps = options.get("eps", torch.finfo(torch.float32).eps)
-        return cls(lowest, highest, scheme, granularity, float(eps)) if lowest < 0 < highest else None

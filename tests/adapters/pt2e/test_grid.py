@@ -8,9 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from splitquant_pt2e import LowBitWeightQuantizer, Pt2eGrid, stored_weights
 from splitquant_pt2e.compat import (
-    MinMaxObserver,
-    PerChannelMinMaxObserver,
-    QuantizationSpec,
     convert_pt2e,
     prepare_pt2e,
 )
@@ -117,39 +114,6 @@ def test_restricted_is_the_rule_of_npus():
     assert grid.quantize_dequantize(torch.tensor([[-1.0, 0.4, 0.6, 1.0]])).tolist() == [[-1.0, 0.0, 1.0, 1.0]]
 
 
-def spec(observer, **changes):
-    values = {
-        "dtype": torch.int8,
-        "quant_min": -8,
-        "quant_max": 7,
-        "qscheme": torch.per_channel_symmetric,
-        "ch_axis": 0,
-    }
-    return QuantizationSpec(observer_or_fake_quant_ctr=observer, **{**values, **changes})
-
-
-def test_grid_is_inferred_from_a_specification():
-    found = Pt2eGrid.of_spec(spec(PerChannelMinMaxObserver.with_args(eps=2**-12)), 0)
-    assert found == Pt2eGrid(-8, 7, "symmetric", "channel", 2**-12)
-    whole = spec(MinMaxObserver, qscheme=torch.per_tensor_affine, ch_axis=None, quant_min=None, quant_max=None)
-    assert Pt2eGrid.of_spec(whole, 0) == Pt2eGrid(-128, 127, "affine", "tensor", torch.finfo(torch.float32).eps)
-
-
-@pytest.mark.parametrize(
-    "unknown",
-    [
-        spec(PerChannelMinMaxObserver, dtype=torch.uint8, quant_min=0, quant_max=15),
-        spec(PerChannelMinMaxObserver, ch_axis=1),
-        spec(MinMaxObserver),
-        spec(PerChannelMinMaxObserver.with_args(reduce_range=True)),
-        spec(type("Mine", (PerChannelMinMaxObserver,), {})),
-        None,
-    ],
-)
-def test_grid_is_not_guessed(unknown):
-    assert Pt2eGrid.of_spec(unknown, 0) is None
-
-
 def test_x86_grid_floors_scales_as_its_observer_does(x86, split, quantize):
     """Its observer has eps = 2**-12, which rounds small weights away."""
     model = nn.Sequential(nn.Linear(16, 4))
@@ -162,7 +126,15 @@ def test_x86_grid_floors_scales_as_its_observer_does(x86, split, quantize):
     assert all(torch.equal(grid.quantize_dequantize(low), part.weight) for low, part in zip(lower, parts, strict=True))
 
 
-@pytest.mark.parametrize(("lowest", "highest"), [(0, 15), (-256, 255), (3, 1)])
+@pytest.mark.parametrize(("lowest", "highest"), [(0, 511), (-256, 255), (3, 1), (1, 15), (-8, 0)])
 def test_impossible_codes(lowest, highest):
     with pytest.raises(ConfigError, match="codes"):
         Pt2eGrid(lowest, highest)
+
+
+def test_unsigned_codes_are_affine():
+    grid = Pt2eGrid(0, 15)
+    values = torch.tensor([[-1.0, 0.0, 0.25, 2.0]])
+    assert torch.equal(grid.quantize_dequantize(values), Pt2eGrid(-8, 7).quantize_dequantize(values))
+    with pytest.raises(ConfigError, match="unsigned ones are affine"):
+        Pt2eGrid(0, 15, "symmetric")
