@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ from splitquant_plugins.passes.select import (
     refuse_unmatched_patterns,
     tied_reason,
 )
-from splitquant_plugins.passes.split_layer import SplitTensors
+from splitquant_plugins.passes.split_layer import SplitTensors, share_parts
 from splitquant_plugins.plan import LayerPlan
 from splitquant_pt2e.annotation import input_spec, redirect_all, resolved
 from splitquant_pt2e.layers import NAME, LayerCall, innermost_module, layer_calls, layer_name, layer_plan, tensor_of
@@ -82,7 +82,7 @@ def split_graph(
     refuse_unfit_weights([Layer(tuple(layer.names), model, layer.plan) for layer in chosen if layer.plan])
     for layer in chosen:
         layer.grid = _inferred_grid(layer, split_pass) if annotated else grid(layer.name) if callable(grid) else grid
-        if layer.grid is None and split_pass._splitter.needs_grid:
+        if layer.grid is None and split_pass.needs_grid:
             raise ConfigError(
                 f"{_needs_grid(split_pass)}: pass a grid to split_graph, or attach the pass to a quantizer"
             )
@@ -223,15 +223,13 @@ def _split_tensors(layers: Sequence[GraphLayer], split_pass: SplitQuantPass) -> 
         if layer.shared_with is not None and layer.plan is not None:
             source = layer.shared_with.tensors
             assert source is not None  # the first of the layers that share a weight comes first
-            bias: list[Tensor | None] = [layer.plan.bias, *[None] * (len(source.weight) - 1)]
-            layer.tensors = replace(source, bias=bias[: len(source.weight)], seconds=0.0)
+            layer.tensors = share_parts(layer.plan, layer.shared_with.name, source)
 
 
 def _record(layer: GraphLayer, split_pass: SplitQuantPass) -> LayerRecord:
     if layer.tensors is None or layer.plan is None:
         return ignored_record(layer.names, layer.reason or "", layer.calls[0].kind)
-    source = None if layer.shared_with is None else layer.shared_with.name
-    return layer_record(layer.names, layer.plan, layer.tensors, split_pass.config.splitter, shared_with=source)
+    return layer_record(layer.names, layer.plan, layer.tensors, split_pass.config.splitter)
 
 
 def _nothing_split(records: Sequence[LayerRecord]) -> str:

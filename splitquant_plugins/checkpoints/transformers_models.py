@@ -53,8 +53,7 @@ def forget_tied_embeddings(model: nn.Module) -> None:
     tied = getattr(model, "all_tied_weights_keys", None)
     if isinstance(tied, dict):
         there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        for target in set(tied) - there:
-            del tied[target]
+        cast("Any", model).all_tied_weights_keys = {key: value for key, value in tied.items() if key in there}
 
 
 def load_classifier(model: str) -> tuple[nn.Module, Any]:

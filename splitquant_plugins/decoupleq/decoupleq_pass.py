@@ -34,12 +34,18 @@ from splitquant_plugins.manifest import ATTRIBUTE, LayerRecord, Manifest, Values
 from splitquant_plugins.modules import SplitModule, part_names
 from splitquant_plugins.parts import sum_parts
 from splitquant_plugins.passes.base import GridRule, ModelPass
-from splitquant_plugins.passes.calibration import Batches, SecondMoment, evaluating, iter_calls, iter_second_moments
+from splitquant_plugins.passes.calibration import (
+    CALIBRATED_KINDS,
+    Batches,
+    SecondMoment,
+    evaluating,
+    iter_calls,
+    iter_second_moments,
+)
 from splitquant_plugins.passes.checks import refuse_quantized_model, refuse_unfit_weights
 from splitquant_plugins.passes.module_tree import restored_on_error
 from splitquant_plugins.passes.record import new_manifest
 from splitquant_plugins.passes.select import Layer, reason_to_ignore, select_layers
-from splitquant_plugins.passes.splitquant import CALIBRATED_KINDS
 from splitquant_plugins.plugins import Plugins, own_version
 from splitquant_plugins.progress import track
 

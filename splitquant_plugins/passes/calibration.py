@@ -7,10 +7,10 @@ as GPTQ (arXiv 2210.17323) or decoupleQ (arXiv 2404.12759) need of the data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,13 @@ from torch import Tensor, nn
 from splitquant_plugins.errors import ConfigError, InputError, SplitQuantError, first_line
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d
 
+if TYPE_CHECKING:
+    from splitquant_plugins.passes.select import Layer
+
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
+# Kinds of layers, as plans name them, whose inputs are observed.
+CALIBRATED_KINDS = ("linear", "conv1d", "conv2d", "conv3d", "conv1d_hf")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Rows that are unfolded and multiplied at once: bounds the copy that the unfolding of a convolution makes.
 _CHUNK_ELEMENTS = 1 << 24
@@ -93,6 +98,47 @@ def iter_second_moments(
         for name in names:
             mean = sums.pop(name)
             yield name, SecondMoment(mean.matrix, mean.samples)
+
+
+class LayerMoments:
+    """The second moments of layers that are worked on in groups; nothing is read where there are no `batches`.
+
+    A group's matrices, in float32, take at most `max_bytes`, or are those of one layer. Those of a single group are
+    kept, so that the batches are read once however often the layers are gone through; of several groups, one is held
+    at a time.
+    """
+
+    def __init__(self, model: nn.Module, batches: Batches | None, max_bytes: int) -> None:
+        self._model = model
+        self._batches = batches
+        self._max_bytes = max(max_bytes, 1)
+        self._kept: dict[str, Tensor] = {}
+        self._seen: set[str] = set()
+
+    def groups(self, layers: Sequence[Layer]) -> Iterator[tuple[Sequence[Layer], dict[str, Tensor]]]:
+        """Yield groups of layers, in order, with the matrices of those that the batches reach, by name."""
+        if self._batches is None or self._seen.issuperset(layer.name for layer in layers):
+            yield layers, self._kept
+            return
+        by_name = {layer.name: layer for layer in layers}
+        widths = {layer.name: layer.plan.weight[0].numel() for layer in layers}
+        sizes = {name: (layer.plan.groups, widths[name], widths[name]) for name, layer in by_name.items()}
+        groups = plan_passes(sizes, torch.float32.itemsize, self._max_bytes)
+        if len(groups) > 1 and isinstance(self._batches, Iterator):
+            raise InputError(
+                f"calibration: the batches are read {len(groups)} times to keep within calibration_bytes, but they "
+                "are a one-shot iterator; pass a list, a DataLoader, or a function that returns an iterator"
+            )
+        for names in groups:
+            modules = {n: by_name[n].module for n in names if by_name[n].plan.kind in CALIBRATED_KINDS}
+            moments = collect_second_moments(self._model, self._batches, modules, dtype=torch.float32)
+            found = {name: moment.matrix for name, moment in moments.items() if moment.samples}
+            del moments
+            if len(groups) == 1:
+                self._kept, self._seen = found, set(names)
+            yield [by_name[name] for name in names], found
+            if len(groups) > 1:
+                found.clear()
 
 
 def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:

@@ -84,11 +84,13 @@ def refuse_unfit_weights(layers: Sequence[Layer]) -> None:
 
 
 def check_parts(where: str, tensor: Tensor, parts: Sequence[Tensor], k: int) -> None:
-    """Raise SplitFailedError unless 1 to k parts of the tensor's shape, dtype and device sum to it.
+    """Raise SplitFailedError unless 1 to k parts of the tensor's shape, dtype and device sum to it."""
+    refuse_malformed_parts(where, tensor, parts, k)
+    refuse_wrong_sum(where, tensor, parts)
 
-    The sum is exact where the parts have disjoint support. Elsewhere each value may be off by the rounding of
-    k - 1 additions, k - 1 units in the last place of the largest part at that place.
-    """
+
+def refuse_malformed_parts(where: str, tensor: Tensor, parts: Sequence[Tensor], k: int) -> None:
+    """Raise SplitFailedError unless there are 1 to k parts of the tensor's shape, dtype and device."""
     if not 1 <= len(parts) <= k:
         raise SplitFailedError(f"{where}: the splitter made {len(parts)} parts of k = {k}")
     for part in parts:
@@ -97,6 +99,14 @@ def check_parts(where: str, tensor: Tensor, parts: Sequence[Tensor], k: int) -> 
                 f"{where}: a part is {tuple(part.shape)} {part.dtype} on {part.device}, "
                 f"not {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
             )
+
+
+def refuse_wrong_sum(where: str, tensor: Tensor, parts: Sequence[Tensor]) -> None:
+    """Raise SplitFailedError unless the parts sum to the tensor.
+
+    The sum is exact where the parts have disjoint support. Elsewhere each value may be off by the rounding of
+    k - 1 additions, k - 1 units in the last place of the largest part at that place.
+    """
     if not _sums_close(tensor, parts):
         error = (sum_parts(parts) - tensor).abs()
         raise SplitFailedError(f"{where}: the parts miss the tensor by up to {float(error.max()):.3g}")

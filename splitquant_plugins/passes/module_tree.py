@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -44,13 +43,12 @@ def is_transformers_conv1d(module: nn.Module) -> bool:
 def restored_on_error(model: nn.Module) -> Iterator[None]:
     """Where the body raises, put every module, parameter and buffer back in its place.
 
-    What the body replaced is undone, not what it wrote into a tensor.
+    What the body replaced is undone, not what it wrote into a tensor. Attributes of the model itself and of its
+    `config` are put back too.
     """
-    tables: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (table, dict(table))
-        for module in list(model.modules())
-        for table in (module._modules, module._parameters, module._buffers)
-    ]
+    found = [table for module in model.modules() for table in (module._modules, module._parameters, module._buffers)]
+    found += [getattr(owner, "__dict__", None) for owner in (model, getattr(model, "config", None))]
+    tables = [(table, dict(table)) for table in found if isinstance(table, dict)]
     try:
         yield
     except BaseException:

@@ -11,8 +11,9 @@ from splitquant_plugins.checkpoints.transformers_models import forget_tied_embed
 from splitquant_plugins.errors import AlreadySplitError, SkeletonMismatchError
 from splitquant_plugins.manifest import ATTRIBUTE, Manifest, set_manifest
 from splitquant_plugins.modules import SplitModule, part_names
+from splitquant_plugins.passes.build import build_split, replace_everywhere
 from splitquant_plugins.passes.checks import DTYPES
-from splitquant_plugins.passes.module_tree import replace_module, restored_on_error
+from splitquant_plugins.passes.module_tree import restored_on_error
 from splitquant_plugins.plan import LayerPlan
 from splitquant_plugins.plugins import Plugins
 
@@ -70,15 +71,8 @@ def _replace(model: nn.Module, manifest: Manifest, plugins: Plugins) -> nn.Modul
                 raise SkeletonMismatchError(
                     f"{record.name} shares the parts of {record.shared_with}, which was not split before it"
                 )
-        split = plugins.build_module(module, _empty_parts(record, plan, source), plan)
-        split.train(module.training)
-        split.notify(plugins.part_replaced)
-        built[record.name] = split
-        for name in (record.name, *record.also_known_as):
-            if name:
-                replace_module(model, name, split)
-            else:
-                model = split
+        built[record.name] = build_split(plugins, module, _empty_parts(record, plan, source), plan)
+        model = replace_everywhere(model, (record.name, *record.also_known_as), built[record.name])
     return model
 
 

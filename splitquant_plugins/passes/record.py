@@ -31,13 +31,8 @@ def new_manifest(
     )
 
 
-def layer_record(
-    names: Sequence[str], plan: LayerPlan, tensors: SplitTensors, splitter: str, shared_with: str | None = None
-) -> LayerRecord:
-    """Return the record of a layer whose tensors were split, or were found to stay whole.
-
-    `shared_with` names the layer, tied to this one, whose parts it shares; the time is counted there.
-    """
+def layer_record(names: Sequence[str], plan: LayerPlan, tensors: SplitTensors, splitter: str) -> LayerRecord:
+    """Return the record of a layer whose tensors were split, or were found to stay whole."""
     if tensors.reason is not None:
         return ignored_record(names, tensors.reason, plan.kind)
     parts = part_names(len(tensors.weight))
@@ -46,7 +41,7 @@ def layer_record(
         kind=plan.kind,
         action="split",
         also_known_as=tuple(names[1:]),
-        shared_with=shared_with,
+        shared_with=tensors.shared_with,
         shape=tuple(plan.weight.shape),
         dtype=str(plan.weight.dtype).removeprefix("torch."),
         granularity=plan.granularity,
@@ -54,7 +49,7 @@ def layer_record(
         k=len(parts),
         parts=parts,
         bias_parts=tuple(n for n, part in zip(parts, tensors.bias, strict=True) if part is not None),
-        seconds=0.0 if shared_with is not None else tensors.seconds,
+        seconds=0.0 if tensors.shared_with else tensors.seconds,
     )
 
 

@@ -487,3 +487,110 @@ def test_part_names_are_unique_and_ordered():
 
 def test_grouped_convolution_keeps_its_type():
     assert isinstance(SplitQuantPass()(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)))[0], SplitConv2d)
+
+
+def test_each_step_is_taken_once(plugins, models, images, monkeypatch):
+    """Prepare, select, split, build, check, record: no module is asked about twice, and no tensor split twice."""
+    from splitquant_plugins import hookimpl
+    from splitquant_plugins.passes import split_layer
+
+    steps = []
+
+    class Listener:
+        @hookimpl
+        def splitquant_prepare_model(self, model, config):
+            steps.append("prepare")
+
+        @hookimpl
+        def splitquant_select_layer(self, name, module, config):
+            steps.append(f"select {name}")
+
+        @hookimpl
+        def splitquant_split_tensor(self, tensor, plan, grid):
+            steps.append(f"split {plan.layer}.{plan.role}")
+
+        @hookimpl
+        def splitquant_build_module(self, module, parts, plan):
+            steps.append("build")
+
+        @hookimpl
+        def splitquant_after_layer(self, record):
+            steps.append(f"record {record.name}")
+
+    def check(where, *_):
+        steps.append(f"check {where}")
+
+    plugins.add(Listener(), "listener")
+    monkeypatch.setattr(split_layer, "refuse_wrong_sum", check)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4, bias=False))
+    SplitQuantPass(plugins=plugins, exclude="2")(model)
+    assert steps == [
+        "prepare",
+        *("select ", "select 0", "select 1", "select 2"),
+        "record 2",
+        *("split 0.weight", "split 0.bias", "build", "check 0.weight", "check 0.bias", "record 0"),
+    ]
+
+
+class CountedBatches:
+    """Batches that count how often they are gone through."""
+
+    def __init__(self, batches):
+        self.batches, self.times = batches, 0
+
+    def __iter__(self):
+        self.times += 1
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("budget", [None, 6.0])
+def test_calibration_batches_are_read_once_where_all_statistics_fit(plugins, models, budget):
+    batches, float_model = [torch.randn(8, 12) for _ in range(2)], models.mlp()
+
+    def split(calibration, **options):
+        first = SplitQuantPass(calibration=calibration, splitter="grid", budget=budget, plugins=plugins, **options)
+        return first.apply(copy.deepcopy(float_model), grid=UniformGrid(2))
+
+    counted = CountedBatches(batches)
+    model = split(counted)
+    assert counted.times == 1
+    again = split(iter(batches))  # which can be read only once
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    counted = CountedBatches(batches)
+    model = split(counted, calibration_bytes=1)
+    measured = 0 if budget is None else 3
+    assert counted.times == measured + len(manifest_of(model).split)
+
+
+def test_statistics_of_several_groups_are_not_held_together(models):
+    from splitquant_plugins.passes.calibration import LayerMoments
+    from splitquant_plugins.passes.select import select_layers
+
+    model = models.mlp()
+    split_pass = SplitQuantPass()
+    layers = select_layers(model, split_pass.config, split_pass.plugins).split
+    held = []
+    for group, found in LayerMoments(model, [torch.randn(8, 12)], 1).groups(layers):
+        assert [layer.name for layer in group] == list(found)
+        assert not any(held)
+        held.append(found)
+    assert len(held) == 3
+
+
+def test_an_error_at_the_very_end_puts_the_model_back(plugins, models, tokens):
+    from splitquant_plugins import hookimpl
+
+    class Listener:
+        @hookimpl
+        def splitquant_after_split(self, model, manifest):
+            raise RuntimeError("at the end")
+
+    plugins.add(Listener(), "listener")
+    model = models.bert()
+    model.config.tie_word_embeddings = True
+    before = list(model.named_modules())
+    with pytest.raises(RuntimeError, match="at the end"):
+        SplitQuantPass(plugins=plugins, untie_embeddings=True)(model)
+    assert list(model.named_modules()) == before
+    assert model.config.tie_word_embeddings
+    assert manifest_of(SplitQuantPass()(model)).split
