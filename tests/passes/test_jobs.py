@@ -32,7 +32,7 @@ def test_a_local_dask_cluster_gives_the_same_parts() -> None:
     distributed = pytest.importorskip("distributed")
     expected = SplitQuantPass()(model())
     cluster = distributed.LocalCluster(
-        n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None, protocol="inproc://"
+        n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0", protocol="inproc://"
     )
     with cluster, distributed.Client(cluster), joblib.parallel_config(backend="dask"):
         assert same(SplitQuantPass(jobs=2)(model()), expected)
