@@ -201,10 +201,10 @@ def _inferred_grid(layer: GraphLayer, split_pass: SplitQuantPass) -> Grid | None
     try:
         return grid_of_spec(resolved(input_spec(call.node, call.weight)), call.axis)
     except ConfigError as error:
-        if not split_pass._splitter.needs_grid:
+        if not split_pass.needs_grid:
             return None
         raise ConfigError(
-            f"{_needs_grid(split_pass)}, and it cannot be told from how the quantizer observes {layer.name}.weight: "
+            f"{_needs_grid(split_pass)}, and it cannot be inferred from how the quantizer observes {layer.name}.weight: "
             f"{error}; use a splitter that needs no grid"
         ) from error
 
