@@ -204,8 +204,8 @@ def _inferred_grid(layer: GraphLayer, split_pass: SplitQuantPass) -> Grid | None
         if not split_pass.needs_grid:
             return None
         raise ConfigError(
-            f"{_needs_grid(split_pass)}, and it cannot be inferred from how the quantizer observes {layer.name}.weight: "
-            f"{error}; use a splitter that needs no grid"
+            f"{_needs_grid(split_pass)}, and it cannot be inferred from how the quantizer observes "
+            f"{layer.name}.weight: {error}; use a splitter that needs no grid"
         ) from error
 
 
