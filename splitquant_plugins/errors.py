@@ -49,6 +49,10 @@ class SplitQuantWarning(UserWarning):
     """Something was left out that a user may not expect; the message says what and why."""
 
 
+class ReadOnlyError(SplitQuantError, RuntimeError):
+    """A write into the computed weight of a split layer, which would be lost; the message says where to write."""
+
+
 class CannotSplit(Exception):  # noqa: N818 - control flow, not a failure
     """Raised by a splitter for a tensor that it leaves whole; `reason` goes into the manifest."""
 

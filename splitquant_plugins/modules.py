@@ -14,7 +14,9 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from splitquant_plugins.errors import InputError
 from splitquant_plugins.parts import sum_parts
+from splitquant_plugins.read_only import ReadOnlyTensor
 
 PartReplaced = Callable[["SplitModule", str, nn.Module], None]
 Fusion = Literal["materialised", "rebuilt"]
@@ -42,7 +44,8 @@ class SplitModule(nn.Module):
     """Base of the split layers: the sum of its parts.
 
     `weight` and `bias` answer the sum of what the parts hold now (dequantized where a backend has quantized
-    them), because parents read a child's dtype, device or values. Assigning to them is an error.
+    them), because parents read a child's dtype, device or values. Assigning to them is an error, and so is writing
+    into what they answer, which is computed, unless there is a single part that holds it.
     """
 
     fused_weight: Tensor | None
@@ -95,20 +98,28 @@ class SplitModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The layer's weight: the sum of the parts' weights."""
-        return self._dense_sum([dense_weight(part) for part in self.parts()])
+        return self._answer("weight", [dense_weight(part) for part in self.parts()])
 
     @property
     def bias(self) -> Tensor | None:
         """The layer's bias: the sum of those parts' biases that have one."""
-        biases = [part.bias for part in self.parts() if getattr(part, "bias", None) is not None]
-        return self._dense_sum(cast("list[Tensor]", biases)) if biases else None
+        biases = self._biases()
+        return self._answer("bias", biases) if biases else None
+
+    def _biases(self) -> list[Tensor]:
+        return [cast(Tensor, part.bias) for part in self.parts() if getattr(part, "bias", None) is not None]
+
+    def _answer(self, role: str, tensors: list[Tensor]) -> Tensor:
+        total = self._dense_sum(tensors)
+        held = len(tensors) == 1 and any(total is each or total._base is each for each in self.parameters())
+        return total if held else ReadOnlyTensor.of(total, f"the {role} of a {type(self).__name__}")
 
     def _dense_sum(self, tensors: list[Tensor]) -> Tensor:
         return sum_parts(tensors)
 
     def forward(self, input: Tensor) -> Tensor:
         """Sum what the parts make of the input; where the layer is fused, use the sum of their weights."""
-        if self.fusion is not None:
+        if self.fusion is not None and not self.training:  # what is trained are the parts
             return self._dense_forward(input, *self._fused_tensors(input.dtype))
         first, *rest = self.parts()
         output = first(input)
@@ -125,11 +136,28 @@ class SplitModule(nn.Module):
             return self.fused_weight, self.fused_bias
         # Backends that keep half-precision scales dequantize to half precision; sum in the input's.
         weight = sum_parts([dense_weight(part).to(dtype) for part in self.parts()])
-        bias = None if self.bias is None else self.bias.to(dtype)
+        biases = self._biases()
+        bias = sum_parts(biases).to(dtype) if biases else None
         if self.fusion == "materialised":
             self.fused_weight = weight.detach()
             self.fused_bias = None if bias is None else bias.detach()
         return weight, bias
+
+    def train(self, mode: bool = True) -> SplitModule:
+        """Set the mode, as every module does; training makes what fusing materialised out of date."""
+        if mode:
+            self.forget_fused()
+        return super().train(mode)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return what torch.jit.script compiles in place of this layer; InputError for parts it cannot compile."""
+        for name, part in zip(self.part_names, self.parts(), strict=True):
+            if type(part) not in SCRIPTABLE:
+                raise InputError(
+                    f"torch.jit.script compiles no {type(part).__name__} ({name} of a {type(self).__name__}): script "
+                    "the split model before it is quantized, or use torch.jit.trace or torch.export"
+                )
+        return ScriptableSum(self.parts())
 
     def forget_fused(self) -> None:
         """Drop what fusing materialised; it is made anew when the layer next runs fused."""
@@ -140,6 +168,25 @@ class SplitModule(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.forget_fused()
         super()._load_from_state_dict(*args, **kwargs)
+
+
+SCRIPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class ScriptableSum(nn.Module):
+    """A split layer for torch.jit.script, which knows no loop over named children: its parts are in a list."""
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.first = parts[0]
+        self.rest = nn.ModuleList(parts[1:])
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Sum what the parts make of the input."""
+        output = self.first(input)
+        for part in self.rest:
+            output = output + part(input)
+        return output
 
 
 def _tell_installed_plugins(split: SplitModule, part: str, module: nn.Module) -> None:
@@ -161,7 +208,7 @@ def dense_weight(module: nn.Module) -> Tensor:
 def is_tensor_subclass(tensor: Tensor) -> bool:
     """Whether a tensor is more than a plain tensor or parameter, as backends' quantized ones are."""
     data = tensor.data if isinstance(tensor, nn.Parameter) else tensor
-    return type(data) is not Tensor and hasattr(data, "dequantize")
+    return type(data) not in (Tensor, ReadOnlyTensor) and hasattr(data, "dequantize")
 
 
 class SplitLinear(SplitModule):

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from splitquant_plugins.plan import LayerPlan, Skip
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What a class may define that neither changes what its layers compute nor can be asked for by a parent.
+HARMLESS = (
+    *("__module__", "__doc__", "__qualname__", "__annotations__", "__annotate__", "__annotate_func__"),
+    *("__annotations_cache__", "__dict__", "__weakref__", "__static_attributes__", "__firstlineno__"),
+    *("__orig_bases__", "__parameters__", "__init__", "__repr__", "extra_repr", "reset_parameters"),
+)
+
+
 @hookimpl(trylast=True)
 def splitquant_select_layer(name: str, module: nn.Module, config: SplitConfig) -> LayerPlan | Skip | None:
     """Select Linear and convolution layers; say why not for their parametrized or specialised kin."""
@@ -38,12 +47,13 @@ def splitquant_select_layer(name: str, module: nn.Module, config: SplitConfig) -
     for role in ("weight", "bias"):
         if role not in module._parameters:
             return Skip(f"its {role} is parametrized (weight norm or the like); remove the parametrization first")
-    if "forward" in module.__dict__ or type(module).forward is not _plain_forward(module):
-        return Skip(f"{type(module).__qualname__} has a forward of its own; a plugin can add its layer type")
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return Skip("it has no weight yet; run a batch through the model first")
-    if module._forward_hooks or module._forward_pre_hooks:
-        return Skip("it has forward hooks, which would be lost; remove them first")
+    own = own_definitions(type(module), _plain_type(module)) + own_members(module)
+    if own:
+        return Skip(f"{type(module).__qualname__} has a {_listed(own)} of its own; a plugin can add its layer type")
+    if any(getattr(module, table) for table in HOOKS):
+        return Skip("it has forward or backward hooks, which would be lost; remove them first")
     weight = module._parameters["weight"]
     assert weight is not None  # the guards above leave only layers that own their weight
     if is_hugging_face:
@@ -68,8 +78,39 @@ def splitquant_build_module(
         return None
     layers = [_part(module, plan.kind, w, b) for w, b in zip(parts["weight"], parts["bias"], strict=True)]
     if plan.kind in ("linear", "conv1d_hf"):
-        return modules.SplitLinear(layers, transposed=plan.kind == "conv1d_hf")
-    return kinds[plan.kind](layers)
+        split: SplitModule = modules.SplitLinear(layers, transposed=plan.kind == "conv1d_hf")
+    else:
+        split = kinds[plan.kind](layers)
+    for name, value in vars(module).items():  # what a parent may have noted on the layer, and may read again
+        if name not in vars(split) and not hasattr(type(split), name):
+            setattr(split, name, value)
+    return split
+
+
+def own_definitions(kind: type, plain: type) -> list[str]:
+    """Return what a subclass, or a class mixed into it, defines beyond the plain class: methods and attributes."""
+    added = [each for each in kind.__mro__ if each not in plain.__mro__]
+    return [name for each in added for name in vars(each) if name not in HARMLESS]
+
+
+def own_members(module: nn.Module) -> list[str]:
+    """Return the functions, parameters, buffers and modules that one layer has beyond weight and bias."""
+    functions = [name for name, value in vars(module).items() if callable(value) and not name.startswith("__")]
+    return [*functions, *({*module._parameters} - {"weight", "bias"}), *module._buffers, *module._modules]
+
+
+def _plain_type(module: nn.Module) -> type:
+    from torch import nn
+
+    from splitquant_plugins.passes.module_tree import transformers_conv1d
+
+    plain = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, transformers_conv1d())
+    return next(kind for kind in plain if kind is not None and isinstance(module, kind))
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(dict.fromkeys(names[:3]))
+    return f"{shown} and more" if len(names) > 3 else shown
 
 
 def _part(module: nn.Module, kind: str, weight: Tensor | None, bias: Tensor | None) -> nn.Module:
@@ -95,17 +136,6 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
     from torch import nn
 
     return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-
-
-def _plain_forward(module: nn.Module) -> object:
-    from torch import nn
-
-    from splitquant_plugins.passes.module_tree import transformers_conv1d
-
-    for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, transformers_conv1d()):
-        if kind is not None and isinstance(module, kind):
-            return kind.forward
-    return type(module).forward
 
 
 def _granularity(config: SplitConfig, automatic: Granularity) -> Granularity:

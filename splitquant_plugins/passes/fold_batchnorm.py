@@ -19,8 +19,9 @@ BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 def fold_batchnorms(model: nn.Module) -> list[str]:
     """Fold each BatchNorm in evaluation mode whose only input is a convolution; return notes.
 
-    Which layer follows which is read off a symbolic trace; where the model as a whole cannot be traced, its
-    children are. A BatchNorm that cannot be folded stays, which keeps the model's outputs too.
+    Which layer follows which is read off a symbolic trace of the whole model. Where that cannot be traced its
+    children are, and a pair counts only if no module above can reach it by name: see `_out_of_reach`. A BatchNorm
+    that cannot be folded stays, which keeps the model's outputs too.
     """
     places = {id(module): names for module, names in occurrences(model)}
     batchnorms = {
@@ -29,7 +30,8 @@ def fold_batchnorms(model: nn.Module) -> list[str]:
     if not batchnorms:
         return []
     notes = []
-    for conv, norm in _conv_batchnorm_pairs(model):
+    unseen: set[int] = set()
+    for conv, norm in _conv_batchnorm_pairs(model, (), unseen):
         shared = len(places.get(id(conv), ())) != 1 or len(places.get(id(norm), ())) != 1
         if id(norm) not in batchnorms or shared or not _foldable(conv, norm):
             continue
@@ -37,20 +39,61 @@ def fold_batchnorms(model: nn.Module) -> list[str]:
         _fold(conv, norm)
         replace_module(model, name, nn.Identity())
         notes.append(f"BatchNorm {name} is folded into {places[id(conv)][0]}")
-    notes += [f"BatchNorm {name} is not folded: {_why_not(norm)}" for norm, name in batchnorms.values()]
+    notes += [
+        f"BatchNorm {name} is not folded: {_why_not(norm, id(norm) in unseen)}" for norm, name in batchnorms.values()
+    ]
     return notes
 
 
-def _conv_batchnorm_pairs(module: nn.Module) -> list[tuple[Convolution, BatchNorm]]:
-    """Pairs of modules that run directly after one another wherever either of them runs."""
+def _conv_batchnorm_pairs(
+    module: nn.Module, above: tuple[nn.Module, ...], unseen: set[int]
+) -> list[tuple[Convolution, BatchNorm]]:
+    """Pairs of modules that run directly after one another wherever either of them runs.
+
+    `above` are the modules above that could not be traced; norms of pairs that one of them might use are noted in
+    `unseen`.
+    """
     if not any(isinstance(child, BATCHNORMS) for child in module.modules()):
         return []
     try:
         graphs = _traces(module)
     except Exception:  # tracing runs the model's own code on proxies, which may fail in any way
-        return [pair for child in module.children() for pair in _conv_batchnorm_pairs(child)]
+        above = (*above, module)
+        return [pair for child in module.children() for pair in _conv_batchnorm_pairs(child, above, unseen)]
     first, *others = [_pairs(module, graph) for graph in graphs]
-    return [pair for pair in first if all(pair in other for other in others)]
+    pairs = [pair for pair in first if all(pair in other for other in others)]
+    seen = [pair for pair in pairs if all(_out_of_reach(each, module, pair) for each in above)]
+    unseen.update(id(norm) for _, norm in pairs if norm not in [norm for _, norm in seen])
+    return seen
+
+
+def _out_of_reach(above: nn.Module, traced: nn.Module, pair: tuple[nn.Module, nn.Module]) -> bool:
+    """Whether a module that cannot be traced has no way to a pair inside a traced one.
+
+    So it is with lists of modules, which hold no code, and with the classes of transformers whose code nowhere
+    names the two. Of other classes nobody has read the code.
+    """
+    if type(above) in (nn.ModuleList, nn.ModuleDict):
+        return True
+    if not type(above).__module__.startswith("transformers.models."):
+        return False
+    names = {n.rpartition(".")[2] for n, m in traced.named_modules() if any(m is each for each in pair)}
+    code = {name for kind in type(above).__mro__ for name in _names_in(kind)}
+    return not any(name.isdecimal() for name in names) and not names & code
+
+
+def _names_in(kind: type) -> set[str]:
+    """Every name that the methods of a class read; its constructor only says where its modules go."""
+    if not kind.__module__.startswith("transformers.models."):
+        return set()
+    found: set[str] = set()
+    functions = [inspect.unwrap(each) for name, each in vars(kind).items() if callable(each) and name != "__init__"]
+    codes = [each.__code__ for each in functions if inspect.isfunction(each)]
+    while codes:
+        code = codes.pop()
+        found.update(code.co_names, (const for const in code.co_consts if isinstance(const, str)))
+        codes += [const for const in code.co_consts if inspect.iscode(const)]
+    return found
 
 
 def _traces(module: nn.Module) -> list[fx.Graph]:
@@ -93,11 +136,13 @@ def _foldable(conv: Convolution, norm: BatchNorm) -> bool:
     return plain and not hooks and not norm.training and norm.running_mean is not None
 
 
-def _why_not(norm: BatchNorm) -> str:
+def _why_not(norm: BatchNorm, unseen: bool) -> str:
     if norm.training:
         return "it is in training mode; call model.eval() first"
     if norm.running_mean is None:
         return "it keeps no running statistics"
+    if unseen:
+        return "a module above it cannot be traced, and may use the two in other ways, too"
     return "it does not directly follow a convolution of its own"
 
 
