@@ -22,7 +22,7 @@ def run(smoke: bool, runs: int = 3) -> list[dict[str, Any]]:
     """Measure; `smoke` takes tiny models that show only that everything runs."""
     makers: list[tuple[str, Callable[[], nn.Module]]] = [
         ("BERT-Tiny", (lambda: bert_tiny(1, 32)) if smoke else bert_tiny),
-        ("ResNet-18 shape", (lambda: resnet18(16)) if smoke else resnet18),
+        ("ResNet-18 shape", (lambda: resnet18(4)) if smoke else resnet18),
     ]
     return [_compare(name, make(), 1 if smoke else runs) for name, make in makers]
 
