@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._pytree import TreeSpec
 
 from splitquant_plugins.errors import InputError
+from splitquant_pt2e.earlier_format import EARLIER, from_earlier
 from splitquant_pt2e.guards import NAME as GUARDS
 from splitquant_pt2e.guards import Guards, check_conditions, guards_of, is_guard, leaf_names
 from splitquant_pt2e.loaded_graph import LoadedGraph, NamelessInputs
@@ -116,6 +117,8 @@ def graph_from_json(described: Any, state: Mapping[str, Tensor], where: object) 
 def _rebuild(described: Any, state: Mapping[str, Tensor], where: object) -> LoadedGraph:
     if not isinstance(described, dict) or "nodes" not in described:
         raise InputError(f"{where} is damaged: it holds no graph")
+    if described.get("format") == EARLIER:
+        described = from_earlier(described, FORMAT)
     if described.get("format") != FORMAT:
         raise InputError(
             f"{where} has format {described.get('format')!r}; this version reads {FORMAT}: save the graph again"
