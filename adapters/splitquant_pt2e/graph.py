@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from joblib import Parallel, delayed
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -24,8 +23,8 @@ from splitquant_plugins.passes.select import (
     refuse_unmatched_patterns,
     tied_reason,
 )
-from splitquant_plugins.passes.split_layer import SplitTensors, share_parts
-from splitquant_plugins.plan import LayerPlan
+from splitquant_plugins.passes.split_layer import SplitTensors, check_split
+from splitquant_plugins.plan import Skip
 from splitquant_pt2e.annotation import input_spec, redirect_all, resolved
 from splitquant_pt2e.layers import NAME, LayerCall, innermost_module, layer_calls, layer_name, layer_plan, tensor_of
 from splitquant_pt2e.observed_grid import grid_of_spec
@@ -42,22 +41,16 @@ _SPLIT_WEIGHT = re.compile(r"\.lower[._]weight$")
 _SPLIT_MODULE = re.compile(r"splitquant_plugins\.modules\.Split")
 
 
-@dataclass
-class GraphLayer:
-    """A layer of the graph with all of its calls; `reason` says why it stays whole."""
+@dataclass(frozen=True)
+class GraphLayer(Layer):
+    """A layer of the graph, which is its `module`, with all of its calls."""
 
-    names: list[str]
-    calls: list[LayerCall]
-    plan: LayerPlan | None
-    reason: str | None = None
-    grid: Grid | None = None
-    tensors: SplitTensors | None = None
-    shared_with: GraphLayer | None = field(default=None, repr=False)
+    calls: tuple[LayerCall, ...]
 
     @property
-    def name(self) -> str:
-        """Its first name; a module that is called by several has several."""
-        return self.names[0]
+    def kind(self) -> str:
+        """The kind of its calls."""
+        return self.calls[0].kind
 
 
 def split_graph(
@@ -77,20 +70,18 @@ def split_graph(
     refuse_unfit_pass(split_pass)
     started = time.perf_counter()
     manifest = new_manifest(split_pass.config, split_pass.splitter_options.model_dump())
-    layers = _layers(model, split_pass.config, annotated)
-    chosen = [layer for layer in layers if layer.reason is None and layer.plan is not None]
-    refuse_unfit_weights([Layer(tuple(layer.names), model, layer.plan) for layer in chosen if layer.plan])
-    for layer in chosen:
-        layer.grid = _inferred_grid(layer, split_pass) if annotated else grid(layer.name) if callable(grid) else grid
-        if layer.grid is None and split_pass.needs_grid:
-            raise ConfigError(
-                f"{_needs_grid(split_pass)}: pass a grid to split_graph, or attach the pass to a quantizer"
-            )
-    _split_tensors(chosen, split_pass)
-    records = [_record(layer, split_pass) for layer in layers]
+    layers = _select(model, split_pass.config, annotated)
+    chosen = [layer for layer in layers if layer.reason is None]
+    refuse_unfit_weights(chosen)
+    grids = {layer.name: _grid(layer, split_pass, grid, annotated=annotated) for layer in chosen}
+    split = {
+        layer.name: check_split(layer.name, layer.plan, tensors)
+        for layer, tensors in split_pass.split_layers(model, chosen, grids.get)
+    }
+    records = [_record(layer, split.get(layer.name), split_pass) for layer in layers]
     if not any(record.action == "split" for record in records):
         raise InputError(_nothing_split(records))
-    _rewrite(model, [layer for layer in chosen if layer.tensors and layer.tensors.reason is None])
+    _rewrite(model, [(layer, split[layer.name]) for layer in chosen if split[layer.name].reason is None])
     if split_pass.config.activations:
         from splitquant_pt2e.activations import split_activations
 
@@ -142,38 +133,47 @@ def refuse_unfit_pass(split_pass: SplitQuantPass) -> None:
             )
 
 
-def _layers(model: GraphModule, config: SplitConfig, annotated: bool) -> list[GraphLayer]:
-    """Group the calls by layer, in order; layers whose weights are one tensor know of each other."""
-    layers: dict[object, GraphLayer] = {}
+def _select(model: GraphModule, config: SplitConfig, annotated: bool) -> list[GraphLayer]:
+    """Group the calls by layer, in order, and say of each layer how it is to be split, or why it is ignored."""
+    names: dict[object, list[str]] = {}
+    calls: dict[object, list[LayerCall]] = {}
     for call in layer_calls(model):
         name = layer_name(call)
         key = _identity(model, call) or name
-        layer = layers.setdefault(key, GraphLayer([name], [], None, call.reason))
-        layer.calls.append(call)
-        if name not in layer.names:
-            layer.names.append(name)
-        call.node.meta[NAME] = layer.name
-    firsts: dict[int, GraphLayer] = {}
-    embeddings = _embedding_weights(model)
-    for layer in layers.values():
-        if layer.reason is not None:
-            continue
-        first = layer.calls[0]
-        layer.plan = layer_plan(model, first, config.granularity)
-        weight = id(tensor_of(model, first.weight))
-        layer.reason = reason_to_ignore(layer.names, config)
-        if weight in embeddings and not config.untie_embeddings:
-            layer.reason = layer.reason or tied_reason(embeddings[weight])
-        if annotated and layer.reason is None and not _is_quantized(layer):
-            layer.reason = NOT_QUANTIZED
-        if layer.reason is None:
-            layer.shared_with = firsts.get(weight)
-            firsts.setdefault(weight, layer)
-    names = {name for layer in layers.values() for name in layer.names}
+        calls.setdefault(key, []).append(call)
+        known = names.setdefault(key, [])
+        known += [name] if name not in known else []
+        call.node.meta[NAME] = known[0]
+    every = {name for known in names.values() for name in known}
     modules = {name for node in model.graph.nodes for name, _ in node.meta.get("nn_module_stack", {}).values()}
-    examples = ", ".join(sorted(names)[:3]) or "(none)"
-    refuse_unmatched_patterns(config, names | modules, f"layer of the graph, such as {examples}")
-    return list(layers.values())
+    examples = ", ".join(sorted(every)[:3]) or "(none)"
+    refuse_unmatched_patterns(config, every | modules, f"layer of the graph, such as {examples}")
+    embeddings = _embedding_weights(model)
+    layers = []
+    for key, known in names.items():
+        reason = calls[key][0].reason or _reason(model, known, calls[key], config, embeddings, annotated)
+        answer = Skip(reason) if reason else layer_plan(model, calls[key][0], config.granularity)
+        layers.append(GraphLayer(tuple(known), model, answer, tuple(calls[key])))
+    return layers
+
+
+def _reason(
+    model: GraphModule,
+    names: Sequence[str],
+    calls: Sequence[LayerCall],
+    config: SplitConfig,
+    embeddings: dict[int, str],
+    annotated: bool,
+) -> str | None:
+    """Why a layer that could be split is ignored; None where it is not."""
+    if reason := reason_to_ignore(names, config):
+        return reason
+    embedding = embeddings.get(id(tensor_of(model, calls[0].weight)))
+    if embedding is not None and not config.untie_embeddings:
+        return tied_reason(embedding)
+    if annotated and any(resolved(input_spec(call.node, call.weight)) is None for call in calls):
+        return NOT_QUANTIZED
+    return None
 
 
 def _identity(model: GraphModule, call: LayerCall) -> object | None:
@@ -181,10 +181,6 @@ def _identity(model: GraphModule, call: LayerCall) -> object | None:
     if call.reason is not None or call.bias is None:
         return None
     return id(tensor_of(model, call.weight)), id(tensor_of(model, call.bias)), call.kind
-
-
-def _is_quantized(layer: GraphLayer) -> bool:
-    return all(resolved(input_spec(call.node, call.weight)) is not None for call in layer.calls)
 
 
 def _embedding_weights(model: GraphModule) -> dict[int, str]:
@@ -196,7 +192,16 @@ def _embedding_weights(model: GraphModule) -> dict[int, str]:
     return found
 
 
-def _inferred_grid(layer: GraphLayer, split_pass: SplitQuantPass) -> Grid | None:
+def _grid(
+    layer: GraphLayer, split_pass: SplitQuantPass, grid: Grid | GridRule | None, *, annotated: bool
+) -> Grid | None:
+    """The grid that a layer's parts will be rounded to: the one given, or inferred from the annotations."""
+    needs = f"splitter {split_pass.config.splitter!r} needs the grid that the parts will be rounded to"
+    if not annotated:
+        given = grid(layer.name) if callable(grid) else grid
+        if given is None and split_pass.needs_grid:
+            raise ConfigError(f"{needs}: pass a grid to split_graph, or attach the pass to a quantizer")
+        return given
     call = layer.calls[0]
     try:
         return grid_of_spec(resolved(input_spec(call.node, call.weight)), call.axis)
@@ -204,32 +209,15 @@ def _inferred_grid(layer: GraphLayer, split_pass: SplitQuantPass) -> Grid | None
         if not split_pass.needs_grid:
             return None
         raise ConfigError(
-            f"{_needs_grid(split_pass)}, and it cannot be inferred from how the quantizer observes "
-            f"{layer.name}.weight: {error}; use a splitter that needs no grid"
+            f"{needs}, and it cannot be inferred from how the quantizer observes {layer.name}.weight: {error}; use a "
+            "splitter that needs no grid"
         ) from error
 
 
-def _needs_grid(split_pass: SplitQuantPass) -> str:
-    return f"splitter {split_pass.config.splitter!r} needs the grid that the parts will be rounded to"
-
-
-def _split_tensors(layers: Sequence[GraphLayer], split_pass: SplitQuantPass) -> None:
-    firsts = [layer for layer in layers if layer.shared_with is None]
-    calls = (delayed(split_pass.split_tensors)(layer.name, layer.plan, layer.grid) for layer in firsts)
-    results = Parallel(n_jobs=split_pass.jobs, prefer="threads", require="sharedmem")(calls)
-    for layer, tensors in zip(firsts, results, strict=True):
-        layer.tensors = tensors
-    for layer in layers:
-        if layer.shared_with is not None and layer.plan is not None:
-            source = layer.shared_with.tensors
-            assert source is not None  # the first of the layers that share a weight comes first
-            layer.tensors = share_parts(layer.plan, layer.shared_with.name, source)
-
-
-def _record(layer: GraphLayer, split_pass: SplitQuantPass) -> LayerRecord:
-    if layer.tensors is None or layer.plan is None:
-        return ignored_record(layer.names, layer.reason or "", layer.calls[0].kind)
-    return layer_record(layer.names, layer.plan, layer.tensors, split_pass.config.splitter)
+def _record(layer: GraphLayer, tensors: SplitTensors | None, split_pass: SplitQuantPass) -> LayerRecord:
+    if tensors is None:
+        return ignored_record(layer.names, str(layer.reason), layer.kind)
+    return layer_record(layer.names, layer.plan, tensors, split_pass.config.splitter)
 
 
 def _nothing_split(records: Sequence[LayerRecord]) -> str:
@@ -242,24 +230,23 @@ def _nothing_split(records: Sequence[LayerRecord]) -> str:
     return f"no layer of the graph was split ({reasons}{'; …' if len(records) > 3 else ''})"
 
 
-def _rewrite(model: GraphModule, layers: Sequence[GraphLayer]) -> None:
+def _rewrite(model: GraphModule, layers: Sequence[tuple[GraphLayer, SplitTensors]]) -> None:
     store, moves = PartStore(model), Moves()
-    weights: dict[int, list[str | None]] = {}
-    for layer in layers:
-        assert layer.tensors is not None
-        k = len(layer.tensors.weight)
-        key = id(layer.shared_with or layer)
-        if key not in weights:
-            stored = [part.t() if layer.calls[0].axis else part for part in layer.tensors.weight]
-            weights[key] = store.put(layer.name, k, "weight", stored)
-        biases = store.put(layer.name, k, "bias", layer.tensors.bias)
+    weights: dict[str, list[str | None]] = {}
+    for layer, tensors in layers:
+        k = len(tensors.weight)
+        owner = tensors.shared_with or layer.name
+        if owner not in weights:
+            stored = [part.t() if layer.calls[0].axis else part for part in tensors.weight]
+            weights[owner] = store.put(layer.name, k, "weight", stored)
+        biases = store.put(layer.name, k, "bias", tensors.bias)
         for call in layer.calls:
-            weight_nodes = [store.read(call.weight, i, target) for i, target in enumerate(weights[key])]
+            weight_nodes = [store.read(call.weight, i, target) for i, target in enumerate(weights[owner])]
             bias_nodes = [None if call.bias is None else store.read(call.bias, i, t) for i, t in enumerate(biases)]
             replace_call(model, call, layer.name, [w for w in weight_nodes if w is not None], bias_nodes, moves)
     redirect_all(model, moves)
     _delete_unused(
-        model, [node for layer in layers for call in layer.calls for node in (call.weight, call.bias) if node]
+        model, [node for layer, _ in layers for call in layer.calls for node in (call.weight, call.bias) if node]
     )
 
 

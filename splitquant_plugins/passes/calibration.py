@@ -19,7 +19,7 @@ from splitquant_plugins.errors import ConfigError, InputError, SplitQuantError, 
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d
 
 if TYPE_CHECKING:
-    from splitquant_plugins.passes.select import Layer
+    from splitquant_plugins.passes.select import AnyLayer
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
@@ -115,7 +115,7 @@ class LayerMoments:
         self._kept: dict[str, Tensor] = {}
         self._seen: set[str] = set()
 
-    def groups(self, layers: Sequence[Layer]) -> Iterator[tuple[Sequence[Layer], dict[str, Tensor]]]:
+    def groups(self, layers: Sequence[AnyLayer]) -> Iterator[tuple[Sequence[AnyLayer], dict[str, Tensor]]]:
         """Yield groups of layers, in order, with the matrices of those that the batches reach, by name."""
         if self._batches is None or self._seen.issuperset(layer.name for layer in layers):
             yield layers, self._kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -46,7 +47,7 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
     What the body replaced is undone, not what it wrote into a tensor. Attributes of the model itself and of its
     `config` are put back too.
     """
-    found = [table for module in model.modules() for table in (module._modules, module._parameters, module._buffers)]
+    found: list[Any] = [t for module in model.modules() for t in (module._modules, module._parameters, module._buffers)]
     found += [getattr(owner, "__dict__", None) for owner in (model, getattr(model, "config", None))]
     tables = [(table, dict(table)) for table in found if isinstance(table, dict)]
     try:

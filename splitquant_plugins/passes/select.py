@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from torch import nn
 
@@ -60,6 +60,9 @@ class Layer:
     def kind(self) -> str:
         """Its kind for the record: that of its plan, or the class of its module."""
         return self.answer.kind if isinstance(self.answer, LayerPlan) else type(self.module).__name__
+
+
+AnyLayer = TypeVar("AnyLayer", bound=Layer)
 
 
 @dataclass(frozen=True)

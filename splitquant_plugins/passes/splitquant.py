@@ -39,6 +39,7 @@ from splitquant_plugins.progress import track
 if TYPE_CHECKING:
     from splitquant_plugins.grid import Grid
     from splitquant_plugins.modules import SplitModule
+    from splitquant_plugins.passes.select import AnyLayer
 
 WITHIN_BUDGET = "within the budget, splitting other layers gains more, or splitting it gains nothing"
 
@@ -124,7 +125,7 @@ class SplitQuantPass(ModelPass):
         with restored_on_error(model):
             manifest.notes += self.plugins.prepare_model(model, self.config)
             layers = self._select(model, ignore, manifest)
-            for layer, tensors in self._split(model, layers, grid):
+            for layer, tensors in self.split_layers(model, layers, grid):
                 module = self._build(layer, tensors)
                 checked = check_split(layer.name, layer.plan, tensors)
                 model = model if checked.reason else replace_everywhere(model, layer.names, module)
@@ -143,9 +144,9 @@ class SplitQuantPass(ModelPass):
             warnings.warn(message, SplitQuantWarning, stacklevel=4)
         return selection.split
 
-    def _split(
-        self, model: nn.Module, layers: Sequence[Layer], grid: Grid | GridRule | None
-    ) -> Iterator[tuple[Layer, SplitTensors]]:
+    def split_layers(
+        self, model: nn.Module, layers: Sequence[AnyLayer], grid: Grid | GridRule | None
+    ) -> Iterator[tuple[AnyLayer, SplitTensors]]:
         """Yield the layers with their parts, or with the reason why they stay whole.
 
         With calibration data, layers are taken in groups whose second moments fit into `calibration_bytes`. Splitting
