@@ -32,7 +32,7 @@ class ReadOnlyTensor(Tensor):
 
         Compilers and exporters see the plain tensor: they cannot follow a subclass.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return tensor
         made = tensor.as_subclass(ReadOnlyTensor)
         made.source = source

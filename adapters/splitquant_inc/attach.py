@@ -15,7 +15,7 @@ from neural_compressor.torch.quantization.config import (
 )
 
 from splitquant_inc.exported import ExportedRecipe
-from splitquant_inc.recipe import JOINED, PassFirst
+from splitquant_inc.recipe import JOINED, PassFirst, recipe_class
 from splitquant_inc.weight_only import WeightOnlyRecipe
 from splitquant_plugins.errors import ConfigError
 
@@ -48,7 +48,6 @@ def attach(first: ModelPass, recipe: Any) -> Any:
     else:
         known = ", ".join(config.__name__ for config in (*WEIGHT_ONLY, *EXPORTED))
         raise ConfigError(f"no pass can be attached to a {kind.__name__}: the inc adapter supports {known}")
-    combined = type(f"PassFirst{kind.__name__}", (mixin, kind), {"first": first, "plain": kind})
-    new: Any = object.__new__(combined)
+    new: Any = object.__new__(recipe_class(mixin, first, kind))
     new.__dict__.update(copy.deepcopy(recipe.__dict__))
     return new

@@ -7,8 +7,7 @@ from typing import Any
 from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.passes.base import ModelPass
 from splitquant_plugins.passes.splitquant import SplitQuantPass
-from splitquant_pt2e.mixing import with_mixin
-from splitquant_pt2e.recipe import SplittingQuantizer
+from splitquant_pt2e.recipe import SplittingQuantizer, splitting
 
 
 def attach(split_pass: ModelPass, quantizer: Any) -> Any:
@@ -23,6 +22,4 @@ def attach(split_pass: ModelPass, quantizer: Any) -> Any:
         )
     if isinstance(quantizer, SplittingQuantizer):
         raise ConfigError("this quantizer has a pass attached already; a model is split once")
-    attached = with_mixin(quantizer, SplittingQuantizer, "Split")
-    attached.splitquant_pass = split_pass
-    return attached
+    return splitting(split_pass, quantizer)

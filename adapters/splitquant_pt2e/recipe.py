@@ -8,6 +8,7 @@ quantized where the layer's output was, and the partial sums never are.
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 from torch.fx import GraphModule
@@ -16,12 +17,33 @@ from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_pt2e.annotation import annotation_of
 from splitquant_pt2e.compat import ANNOTATION, fold_batchnorms
 from splitquant_pt2e.graph import refuse_unfit_graph, refuse_unfit_pass, split_graph
+from splitquant_pt2e.mixing import with_mixin
 
 
 class SplittingQuantizer:
     """What `attach` mixes into the class of a quantizer."""
 
     splitquant_pass: SplitQuantPass
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickles and copies hold the plain quantizer and the pass; the class is made anew."""
+        return splitting, (self.splitquant_pass, self.plain())
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other is a quantizer of the same kind and settings, with the same pass."""
+        if not isinstance(other, SplittingQuantizer) or self.splitquant_pass != other.splitquant_pass:
+            return False
+        one, two = self.plain(), other.plain()
+        return type(one) is type(two) and (vars(one) == vars(two) or _pickled(one) == _pickled(two) is not None)
+
+    __hash__ = object.__hash__
+
+    def plain(self) -> Any:
+        """Return the quantizer without its pass."""
+        kind: Any = next(each for each in type(self).__mro__[1:] if not issubclass(each, SplittingQuantizer))
+        made = kind.__new__(kind)
+        made.__dict__.update({name: value for name, value in vars(self).items() if name != "splitquant_pass"})
+        return made
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Refuse a graph that was split or quantized before, then do what the quantizer does."""
@@ -34,6 +56,21 @@ class SplittingQuantizer:
         # PT2E goes on with the graph that it passed, whatever is returned.
         split_graph(model, self.splitquant_pass, annotated=True)
         return annotated
+
+
+def splitting(split_pass: SplitQuantPass, quantizer: Any) -> Any:
+    """Return a quantizer of the same kind as `quantizer`, with its settings, that splits what it annotates."""
+    attached = with_mixin(quantizer, SplittingQuantizer, "Split")
+    attached.splitquant_pass = split_pass
+    return attached
+
+
+def _pickled(quantizer: Any) -> bytes | None:
+    """The settings as bytes, for those that compare by identity; they are never loaded."""
+    try:
+        return pickle.dumps(vars(quantizer))
+    except (AttributeError, TypeError, pickle.PicklingError):
+        return None
 
 
 def split_ahead(model: GraphModule, split_pass: SplitQuantPass, quantizer: Any) -> None:

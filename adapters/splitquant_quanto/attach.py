@@ -5,15 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from transformers import QuantoConfig
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
 
 from splitquant_plugins.errors import ConfigError
 from splitquant_quanto.quantization import refuse_activations
-from splitquant_quanto.recipe import METHOD, SplitQuantoConfig, SplitQuantoHfQuantizer
+from splitquant_quanto.recipe import SplitQuantoConfig
 
 if TYPE_CHECKING:
     from splitquant_plugins.passes.base import ModelPass
@@ -30,7 +25,4 @@ def attach(first: ModelPass, recipe: QuantoConfig) -> SplitQuantoConfig:
         raise ConfigError(f"QuantoConfig(activations={recipe.activations!r}): the quanto adapter is for weights only")
     if recipe.weights not in WEIGHTS:
         raise ConfigError(f"QuantoConfig(weights={recipe.weights!r}): a split is for {', '.join(WEIGHTS)}")
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(SplitQuantoConfig)
-        register_quantizer(METHOD)(SplitQuantoHfQuantizer)
     return SplitQuantoConfig(recipe.weights, first, modules_to_not_convert=recipe.modules_to_not_convert)

@@ -39,5 +39,7 @@ def splitquant_part_replaced(split: SplitModule, part: str, module: nn.Module) -
     """Make quanto's grid of a part represent 0 exactly, as the zeros injected by a split need it."""
     if type(module).__module__.startswith("optimum.quanto."):
         from splitquant_quanto.optimizer import make_zero_exact
+        from splitquant_quanto.patterns import refuse_patterns_that_miss_parts
 
+        refuse_patterns_that_miss_parts()
         make_zero_exact(module)

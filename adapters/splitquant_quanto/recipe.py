@@ -12,10 +12,17 @@ from typing import Any
 
 from torch import nn
 from transformers import QuantoConfig
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.quantizer_quanto import QuantoHfQuantizer
 from transformers.utils import logging
 
-from splitquant_plugins.passes.base import ModelPass
+import splitquant_plugins.decoupleq.decoupleq_pass
+import splitquant_plugins.passes.splitquant  # noqa: F401
+from splitquant_plugins.passes.base import ModelPass, pass_from_dict
 from splitquant_quanto.quantization import quantize_after
 
 METHOD = "splitquant_quanto"
@@ -24,14 +31,33 @@ METHOD = "splitquant_quanto"
 class SplitQuantoConfig(QuantoConfig):
     """A QuantoConfig with a pass in front."""
 
-    def __init__(self, weights: str = "int8", first: ModelPass | None = None, **options: Any) -> None:
+    def __init__(self, weights: str = "int8", first: ModelPass | dict[str, Any] | None = None, **options: Any) -> None:
+        """Take the pass itself, or what its `to_dict` returned."""
         super().__init__(weights=weights, **options)
         self.quant_method = METHOD
-        self.first = first
+        self.first = first if isinstance(first, ModelPass) else pass_from_dict(first)
+        _make_known()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options as JSON takes them; the pass is written as it prints."""
-        return {**{key: value for key, value in self.__dict__.items() if key != "first"}, "first": repr(self.first)}
+        """Return the options as JSON takes them, those of the pass too, but for its calibration data."""
+        return {**{key: value for key, value in self.__dict__.items() if key != "first"}, "first": self.first.to_dict()}
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other recipe has the same pass and the same options."""
+        return isinstance(other, SplitQuantoConfig) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _make_known()  # in the process that a pickle is loaded in
+
+
+def _make_known() -> None:
+    """Tell transformers of this method of quantization."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(SplitQuantoConfig)
+        register_quantizer(METHOD)(SplitQuantoHfQuantizer)
 
 
 class SplitQuantoHfQuantizer(QuantoHfQuantizer):

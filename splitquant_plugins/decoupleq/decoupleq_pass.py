@@ -137,6 +137,19 @@ class DecoupleQPass(ModelPass):
         self.calibration_bytes = calibration_bytes
         self.config = _config_from(options)
 
+    @classmethod
+    def from_options(cls, options: dict[str, Any], plugins: Plugins | None = None) -> DecoupleQPass:
+        """Make a pass of what `options` returned; its calibration data have to be set before it runs."""
+        made = cls(calibration=(), plugins=plugins, **options)
+        made.calibration = None
+        return made
+
+    def options(self) -> dict[str, Any]:
+        """Return all keywords but calibration and plugins, as JSON takes them."""
+        folder = None if self.resume_dir is None else str(self.resume_dir)
+        own = {"progress": self.progress, "resume_dir": folder, "calibration_bytes": self.calibration_bytes}
+        return {**self.config.model_dump(mode="json"), **own}
+
     def __repr__(self) -> str:
         chosen = self.config.model_dump(exclude_defaults=True)
         return f"DecoupleQPass({', '.join(f'{key}={value!r}' for key, value in chosen.items())})"
@@ -155,6 +168,7 @@ class DecoupleQPass(ModelPass):
 
         On an error the model is put back as it was.
         """
+        self.refuse_missing_calibration()
         _refuse_unfit(model)
         started = time.perf_counter()
         layers, kept = self._layers(model, grid, ignore)

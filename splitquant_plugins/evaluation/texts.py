@@ -75,7 +75,7 @@ def _csv_rows(path: Path, *, need_label: bool = True) -> Iterable[tuple[str, str
                 raise InputError(f"{path} has no column {' and '.join(sorted(missing))}; it needs text,label")
             for row in reader:
                 if None in row:
-                    many = len(reader.fieldnames or ()) + len(row[None])  # type: ignore[index]
+                    many = len(reader.fieldnames or ()) + len(row[None])
                     raise InputError(
                         f"{path}, line {reader.line_num}: {many} fields, where the first line names "
                         f"{len(reader.fieldnames or ())}; put a text with commas in double quotes"

@@ -110,6 +110,12 @@ class SplitQuantPass(ModelPass):
         """Calibration and budgets look at the whole model, which an exported graph no longer is."""
         return self.calibration is not None or self.config.budget is not None
 
+    def options(self) -> dict[str, Any]:
+        """Return all keywords but calibration and plugins, as JSON takes them."""
+        config = self.config.model_dump(mode="json", exclude={"k"} if self.config.budget is not None else None)
+        own = {"jobs": self.jobs, "progress": self.progress, "calibration_bytes": self.calibration_bytes}
+        return {**config, **self.splitter_options.model_dump(mode="json"), **own}
+
     def __repr__(self) -> str:
         chosen = {**self.config.model_dump(exclude_defaults=True), **self.splitter_options.model_dump()}
         return f"SplitQuantPass({', '.join(f'{key}={value!r}' for key, value in chosen.items())})"
@@ -119,6 +125,7 @@ class SplitQuantPass(ModelPass):
 
         The modules take the layers' places in the model, which is returned. On an error it is put back as it was.
         """
+        self.refuse_missing_calibration()
         refuse_unfit_model(model)
         self._refuse_missing_grid(grid)
         manifest, started = new_manifest(self.config, self.splitter_options.model_dump()), time.perf_counter()
