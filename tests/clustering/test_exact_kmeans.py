@@ -211,9 +211,9 @@ def test_the_best_cuts_of_all_in_their_ranges(data):
 @pytest.mark.parametrize("k", [1, 2, 3, 8])
 def test_long_rows_beside_a_dynamic_program(shape, k, monkeypatch):
     """What long rows need, pieces and all, on rows for which the optimum is known."""
-    monkeypatch.setattr("splitquant_plugins.clustering.optimal._LONG", 1)
-    monkeypatch.setattr("splitquant_plugins.clustering.optimal._PIECE", 64)
-    monkeypatch.setattr("splitquant_plugins.clustering.optimal._BINS", 128)
+    monkeypatch.setattr("splitquant_plugins.clustering.exact_kmeans._LONG", 1)
+    monkeypatch.setattr("splitquant_plugins.clustering.exact_kmeans._PIECE", 64)
+    monkeypatch.setattr("splitquant_plugins.clustering.exact_kmeans._BINS", 128)
     generator = np.random.default_rng(k)
     for n in (4, 250):
         check_optimal(torch.from_numpy(SHAPES[shape](generator, n)[None].astype(np.float32)), k)
@@ -317,7 +317,7 @@ def test_weights_are_repetitions():
 def test_long_rows_agree_with_short_ones(shape, k, dtype, monkeypatch):
     rows = torch.from_numpy(SHAPES[shape](np.random.default_rng(5), 1 << 18)[None].astype(dtype))
     long = optimal_clusters(rows, k)
-    monkeypatch.setattr("splitquant_plugins.clustering.optimal._LONG", 1 << 40)
+    monkeypatch.setattr("splitquant_plugins.clustering.exact_kmeans._LONG", 1 << 40)
     short = optimal_clusters(rows, k)
     labels = assign(rows, long.boundaries)[0]
     assert inertia_of(rows[0].numpy(), labels.numpy()) == pytest.approx(short.inertia.item(), rel=1e-9)
@@ -342,7 +342,7 @@ def test_sixteen_bit_values_are_exact(dtype, n):
 @pytest.mark.parametrize("way", ["short", "long", "weighted"])
 def test_powers_of_two_change_no_cluster(exponent, way, monkeypatch):
     if way == "long":
-        monkeypatch.setattr("splitquant_plugins.clustering.optimal._LONG", 1)
+        monkeypatch.setattr("splitquant_plugins.clustering.exact_kmeans._LONG", 1)
     values = torch.randn(300, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     weights = torch.ones(300) if way == "weighted" else None
     scaled = torch.from_numpy(np.ldexp(values.numpy(), exponent))
@@ -355,7 +355,7 @@ def test_powers_of_two_change_no_cluster(exponent, way, monkeypatch):
 def test_the_inertia_of_tight_clusters_is_accurate(way, monkeypatch):
     """Where the difference of two great numbers would be noise."""
     if way == "long":
-        monkeypatch.setattr("splitquant_plugins.clustering.optimal._LONG", 1)
+        monkeypatch.setattr("splitquant_plugins.clustering.exact_kmeans._LONG", 1)
     generator = np.random.default_rng(0)
     row = generator.integers(-1, 2, 300) + 1e-7 * generator.standard_normal(300)
     values = torch.from_numpy(row)[None]
@@ -366,7 +366,7 @@ def test_the_inertia_of_tight_clusters_is_accurate(way, monkeypatch):
 
 @pytest.mark.parametrize("n", [300, 1 << 19])
 def test_the_number_of_threads_changes_nothing(n, monkeypatch):
-    monkeypatch.setattr("splitquant_plugins.clustering.optimal._PIECE", 1 << 16)
+    monkeypatch.setattr("splitquant_plugins.clustering.exact_kmeans._PIECE", 1 << 16)
     rows = torch.randn(4, n, generator=torch.Generator().manual_seed(4))
     before, answers = torch.get_num_threads(), []
     try:
