@@ -19,9 +19,9 @@ from _harness import report
 from _models import bert_tiny
 
 from splitquant_plugins import SplitQuantPass
-from splitquant_plugins.backends import WeightRequest
+from splitquant_plugins.backends import WeightRequest, run_of
 from splitquant_plugins.evaluation.compare import Subject, load_subject
-from splitquant_plugins.evaluation.metrics import accuracy, linear_weights, logits_of, ratio_db, run_of
+from splitquant_plugins.evaluation.metrics import accuracy, linear_weights, logits_of, ratio_db
 from splitquant_plugins.evaluation.simulated_backend import SimulatedBackend
 from splitquant_plugins.grid import UniformGrid
 from splitquant_plugins.splitters._bound import additive_bound

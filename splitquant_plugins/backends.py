@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,15 +10,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+import torch
+from torch import nn
+
+from splitquant_plugins.checkpoints.tensors import state_bytes
 from splitquant_plugins.errors import ConfigError, MissingExtraError
+from splitquant_plugins.manifest import Manifest, manifest_of
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from splitquant_plugins.checkpoints.headers import TensorSpec
     from splitquant_plugins.grid import Granularity, Grid, Scheme
-    from splitquant_plugins.manifest import Manifest
     from splitquant_plugins.passes.base import ModelPass
 
 Choice = TypeVar("Choice", bound=str)
@@ -92,6 +96,44 @@ class QuantizedModel:
     def layers_quantized(self) -> int:
         """Layers that the backend quantized, parts counted one by one."""
         return sum(len(parts) for parts in self.layers.values())
+
+
+def run_of(model: nn.Module) -> Callable[[Batch], Tensor]:
+    """Return what maps a batch to the logits of a transformers classifier, or of a model that returns them alone."""
+
+    @torch.no_grad()
+    def run(batch: Batch) -> Tensor:
+        output = model(**batch)
+        logits: Tensor = output.logits if hasattr(output, "logits") else output
+        return logits
+
+    return run
+
+
+def quantized_by(
+    work: Callable[[], nn.Module],
+    first: ModelPass | None,
+    *,
+    layers: Callable[[nn.Module], dict[str, list[StoredWeight]]],
+    state: Callable[[nn.Module], Mapping[str, Tensor]] = nn.Module.state_dict,
+    run: Callable[[nn.Module], Callable[[Batch], Tensor]] = run_of,
+) -> QuantizedModel:
+    """Do the work that makes a quantized model, with `first` in front of it, and describe what came of it.
+
+    Of the model that `work` returns, `layers` gives what is stored, `state` what is saved, and `run` how it is called.
+    The time is that of `work` alone.
+    """
+    started = time.perf_counter()
+    model = work()
+    seconds = time.perf_counter() - started
+    return QuantizedModel(
+        model=model,
+        run=run(model),
+        layers=layers(model),
+        state_bytes=state_bytes(state(model)),
+        seconds=seconds,
+        manifest=manifest_of(model) if first is not None else None,
+    )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -11,9 +10,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from splitquant_plugins.backends import ROUND_TO_NEAREST, Backend, Batch, Packer, QuantizedModel, Support, WeightFormat
+from splitquant_plugins.backends import (
+    ROUND_TO_NEAREST,
+    Backend,
+    Batch,
+    Packer,
+    QuantizedModel,
+    Support,
+    WeightFormat,
+    quantized_by,
+)
 from splitquant_plugins.errors import ConfigError, InputError
-from splitquant_plugins.manifest import ATTRIBUTE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,35 +92,30 @@ class IncBackend(Backend):
         from splitquant_inc.storage import state_of
         from splitquant_inc.stored_layers import stored_layers
         from splitquant_inc.weight_only import chosen_layers, widen_bfloat16
-        from splitquant_plugins.checkpoints.tensors import state_bytes
-        from splitquant_plugins.evaluation.metrics import run_of
         from splitquant_plugins.passes.module_tree import is_transformers_conv1d
 
         transposed = {name for name, module in model.named_modules() if is_transformers_conv1d(module)}
         recipe = _recipe(chosen, model)
-        started = time.perf_counter()
-        if first is None and chosen.method == ROUND_TO_NEAREST:
-            widen_bfloat16(model, chosen_layers(recipe, model))
-        model = prepare(model, recipe if first is None else first + recipe)
-        if not getattr(model, "is_prepared", False):
-            raise InputError(_nothing(model))
-        if chosen.method in self.calibrated:
-            with torch.no_grad():
-                for batch in batches:
-                    model(**batch)
-        model = convert(model)
-        seconds = time.perf_counter() - started
-        layers = stored_layers(model, transposed)
-        if not layers:
-            raise InputError(_nothing(model))
-        return QuantizedModel(
-            model=model,
-            run=run_of(model),
-            layers=layers,
-            state_bytes=state_bytes(state_of(model)[0]),
-            seconds=seconds,
-            manifest=getattr(model, ATTRIBUTE, None),
+
+        def work() -> nn.Module:
+            if first is None and chosen.method == ROUND_TO_NEAREST:
+                widen_bfloat16(model, chosen_layers(recipe, model))
+            prepared = prepare(model, recipe if first is None else first + recipe)
+            if not getattr(prepared, "is_prepared", False):
+                raise InputError(_nothing(prepared))
+            if chosen.method in self.calibrated:
+                with torch.no_grad():
+                    for batch in batches:
+                        prepared(**batch)
+            converted: nn.Module = convert(prepared)
+            return converted
+
+        quantized = quantized_by(
+            work, first, layers=lambda made: stored_layers(made, transposed), state=lambda made: state_of(made)[0]
         )
+        if not quantized.layers:
+            raise InputError(_nothing(quantized.model))
+        return quantized
 
     def save(self, quantized: QuantizedModel, folder: Path) -> None:
         """Save as `splitquant_inc.save` does."""

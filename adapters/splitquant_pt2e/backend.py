@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from splitquant_plugins.backends import Backend, Batch, QuantizedModel, Support, WeightFormat
-from splitquant_plugins.checkpoints.tensors import state_bytes
+from splitquant_plugins.backends import Backend, Batch, QuantizedModel, Support, WeightFormat, quantized_by, run_of
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.grid import Grid
-from splitquant_plugins.manifest import ATTRIBUTE, Manifest, manifest_of
+from splitquant_plugins.manifest import ATTRIBUTE, manifest_of
 from splitquant_plugins.modules import layer_of_part
 from splitquant_plugins.passes.base import ModelPass
 
@@ -54,32 +52,32 @@ class Pt2eBackend(Backend):
         if example is None:
             raise InputError("backend pt2e traces the model: give an example batch of its inputs")
         example = _at_least_two(example)
-        started = time.perf_counter()
-        before = first if first is not None and first.needs_modules else None
-        if before is not None:  # a pass that needs modules runs before the export
-            model, first = before.apply(model.eval(), grid=self.grid(chosen)), None
-        owners = layer_of_part(model)
-        graph = export(model.eval(), example)
-        stamp_names(graph)
-        for node in graph.graph.nodes:  # parts of layers that were split before go by the layer's name
-            if node.meta.get(NAME) in owners:
-                node.meta[NAME] = owners[node.meta[NAME]]
-        if before is not None:
-            graph.meta[ATTRIBUTE] = manifest_of(model)
-        quantizer = _quantizer(chosen)
-        with torch.no_grad():
-            prepared = prepare_pt2e(graph, quantizer if first is None else first + quantizer)
-            prepared(**example)  # the observers see the weights in a forward
-            converted = convert_pt2e(prepared)
-        seconds = time.perf_counter() - started
-        manifest = converted.meta.get(ATTRIBUTE)
-        return QuantizedModel(
-            model=converted,
-            run=_runner(converted, tuple(example)),
-            layers=stored_weights(converted),
-            state_bytes=state_bytes(_tensors(converted)),
-            seconds=seconds,
-            manifest=manifest if isinstance(manifest, Manifest) else None,
+
+        def work() -> nn.Module:
+            before = first if first is not None and first.needs_modules else None
+            # A pass that needs modules runs before the export.
+            exported = model.eval() if before is None else before.apply(model.eval(), grid=self.grid(chosen))
+            owners = layer_of_part(exported)
+            graph = export(exported.eval(), example)
+            stamp_names(graph)
+            for node in graph.graph.nodes:  # parts of layers that were split before go by the layer's name
+                if node.meta.get(NAME) in owners:
+                    node.meta[NAME] = owners[node.meta[NAME]]
+            if before is not None:
+                graph.meta[ATTRIBUTE] = manifest_of(exported)
+            quantizer = _quantizer(chosen)
+            with torch.no_grad():
+                prepared = prepare_pt2e(graph, quantizer if first is None or before is not None else first + quantizer)
+                prepared(**example)  # the observers see the weights in a forward
+                converted: nn.Module = convert_pt2e(prepared)
+            return converted
+
+        return quantized_by(
+            work,
+            first,
+            layers=lambda made: stored_weights(cast(GraphModule, made)),
+            state=_tensors,
+            run=lambda made: lambda batch: run_of(made)({name: batch[name] for name in example}),
         )
 
     def save(self, quantized: QuantizedModel, folder: Path) -> None:
@@ -121,16 +119,8 @@ def _at_least_two(example: Batch) -> dict[str, Tensor]:
     return {name: tensor if tensor.shape[0] > 1 else torch.cat([tensor, tensor]) for name, tensor in example.items()}
 
 
-def _runner(model: GraphModule, names: tuple[str, ...]) -> Any:
-    def run(batch: Batch) -> Tensor:
-        with torch.no_grad():
-            output = model(**{name: batch[name] for name in names})
-        return output.logits if hasattr(output, "logits") else output
-
-    return run
-
-
-def _tensors(model: GraphModule) -> dict[str, Tensor]:
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
     from splitquant_pt2e.layers import tensor_of
 
-    return {str(node.target): tensor_of(model, node) for node in model.graph.nodes if node.op == "get_attr"}
+    graph = cast(GraphModule, model)
+    return {str(node.target): tensor_of(graph, node) for node in graph.graph.nodes if node.op == "get_attr"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
@@ -18,12 +17,10 @@ from splitquant_plugins.backends import (
     Support,
     WeightFormat,
     WeightRequest,
+    quantized_by,
 )
-from splitquant_plugins.checkpoints.tensors import state_bytes
 from splitquant_plugins.errors import ConfigError
-from splitquant_plugins.evaluation.metrics import run_of
 from splitquant_plugins.grid import Grid
-from splitquant_plugins.manifest import manifest_of
 from splitquant_plugins.passes.base import ModelPass
 
 
@@ -72,17 +69,10 @@ class QuantoBackend(Backend):
         from splitquant_quanto.quantization import quantize_after
         from splitquant_quanto.stored_layers import stored_layers
 
-        started = time.perf_counter()
-        model = quantize_after(first, model, chosen.weights, method=chosen.method)
-        seconds = time.perf_counter() - started
-        return QuantizedModel(
-            model=model,
-            run=run_of(model),
-            layers=stored_layers(model),
-            state_bytes=state_bytes(model.state_dict()),
-            seconds=seconds,
-            manifest=manifest_of(model) if first is not None else None,
-        )
+        def work() -> nn.Module:
+            return quantize_after(first, model, chosen.weights, method=chosen.method)
+
+        return quantized_by(work, first, layers=stored_layers)
 
     def save(self, quantized: QuantizedModel, folder: Path) -> None:
         """Save as `splitquant_quanto.save` does."""

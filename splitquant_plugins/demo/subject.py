@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from splitquant_plugins.backends import run_of
 from splitquant_plugins.demo.corpus import LABELS, make_corpus
 from splitquant_plugins.demo.training import bert_tiny, train
 from splitquant_plugins.demo.vocabulary import Vocabulary
 from splitquant_plugins.evaluation.compare import Subject
-from splitquant_plugins.evaluation.metrics import logits_of, run_of, tokenize
+from splitquant_plugins.evaluation.metrics import logits_of, tokenize
 from splitquant_plugins.evaluation.texts import LabelledTexts
 
 MAX_LENGTH = 64

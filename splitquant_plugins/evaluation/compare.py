@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from splitquant_plugins.backends import ROUND_TO_NEAREST, Backend, WeightFormat, WeightRequest
+from splitquant_plugins.backends import ROUND_TO_NEAREST, Backend, WeightFormat, WeightRequest, run_of
 from splitquant_plugins.checkpoints.transformers_models import (
     load_classifier,
     load_config,
@@ -20,7 +20,7 @@ from splitquant_plugins.checkpoints.transformers_models import (
 )
 from splitquant_plugins.decoupleq.decoupleq_pass import DecoupleQPass
 from splitquant_plugins.errors import ConfigError, InputError, first_line
-from splitquant_plugins.evaluation.metrics import accuracy, logits_of, measure, run_of, tokenize
+from splitquant_plugins.evaluation.metrics import accuracy, logits_of, measure, tokenize
 from splitquant_plugins.evaluation.peak_memory import PeakMemory
 from splitquant_plugins.evaluation.texts import LabelledTexts, load_texts, load_unlabelled
 from splitquant_plugins.passes.base import ModelPass

@@ -58,18 +58,6 @@ def logits_of(run: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> Tenso
     return torch.cat([run(batch).detach().to(torch.float64) for batch in batches])
 
 
-def run_of(model: nn.Module) -> Callable[[Batch], Tensor]:
-    """Return what maps a batch to the logits of a transformers classifier, or of a model that returns them alone."""
-
-    @torch.no_grad()
-    def run(batch: Batch) -> Tensor:
-        output = model(**batch)
-        logits: Tensor = output.logits if hasattr(output, "logits") else output
-        return logits
-
-    return run
-
-
 def accuracy(logits: Tensor, labels: Sequence[int]) -> float:
     """Share of rows whose largest logit is that of the label."""
     return float((logits.argmax(-1) == torch.tensor(labels)).double().mean())

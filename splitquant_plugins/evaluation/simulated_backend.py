@@ -6,20 +6,26 @@ values stay floats: it shows what a grid does to a model, and runs nowhere faste
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.backends import Backend, Batch, QuantizedModel, StoredWeight, Support, WeightFormat
-from splitquant_plugins.checkpoints.tensors import state_bytes
+from splitquant_plugins.backends import (
+    Backend,
+    Batch,
+    QuantizedModel,
+    StoredWeight,
+    Support,
+    WeightFormat,
+    quantized_by,
+)
 from splitquant_plugins.errors import ConfigError
-from splitquant_plugins.evaluation.metrics import linear_weights, run_of
+from splitquant_plugins.evaluation.metrics import linear_weights
 from splitquant_plugins.grid import Grid, UniformGrid
-from splitquant_plugins.manifest import manifest_of
 from splitquant_plugins.modules import layer_of_part
 from splitquant_plugins.passes.base import ModelPass
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d
@@ -49,30 +55,25 @@ class SimulatedBackend(Backend):
         batches: Iterable[Batch] = (),
     ) -> QuantizedModel:
         """Round every Linear and convolution weight, or part of one, in place."""
-        started = time.perf_counter()
         grid = self.grid(chosen)
-        if first is not None:
-            model = first.apply(model, grid=grid)
         layers: dict[str, list[StoredWeight]] = {}
-        owners = layer_of_part(model)
-        rounded: dict[int, Tensor] = {}
-        for name in linear_weights(model):
-            module = model.get_submodule(name)
-            weight = cast(Tensor, module.weight)
-            if id(weight) not in rounded:
-                rounded[id(weight)] = _round(module, weight, grid)
-                weight.copy_(rounded[id(weight)])
-            bits = grid.stored_bits(weight.shape)
-            layers.setdefault(owners.get(name, name), []).append(StoredWeight(weight.detach(), bits))
-        seconds = time.perf_counter() - started
-        return QuantizedModel(
-            model=model,
-            run=run_of(model),
-            layers=layers,
-            state_bytes=state_bytes(model.state_dict()) - _saved_bytes(layers),
-            seconds=seconds,
-            manifest=manifest_of(model) if first is not None else None,
-        )
+
+        def work() -> nn.Module:
+            split = model if first is None else first.apply(model, grid=grid)
+            owners = layer_of_part(split)
+            rounded: dict[int, Tensor] = {}
+            for name in linear_weights(split):
+                module = split.get_submodule(name)
+                weight = cast(Tensor, module.weight)
+                if id(weight) not in rounded:
+                    rounded[id(weight)] = _round(module, weight, grid)
+                    weight.copy_(rounded[id(weight)])
+                bits = grid.stored_bits(weight.shape)
+                layers.setdefault(owners.get(name, name), []).append(StoredWeight(weight.detach(), bits))
+            return split
+
+        quantized = quantized_by(work, first, layers=lambda _: layers)
+        return replace(quantized, state_bytes=quantized.state_bytes - _saved_bytes(layers))
 
     def save(self, quantized: QuantizedModel, folder: Path) -> None:
         """Refuse: there is nothing but floats to save."""

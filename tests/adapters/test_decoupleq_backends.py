@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from splitquant_plugins import DecoupleQPass, SplitQuantPass, manifest_of
-from splitquant_plugins.backends import WeightRequest
+from splitquant_plugins.backends import WeightRequest, run_of
 from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.evaluation.compare import Subject, plan_runs, row_of
-from splitquant_plugins.evaluation.metrics import logits_of, run_of
+from splitquant_plugins.evaluation.metrics import logits_of
 from splitquant_plugins.evaluation.texts import LabelledTexts
 from splitquant_plugins.testing import small_batch, small_classifier
 
