@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from splitquant_plugins import hookspecs
-from splitquant_plugins.errors import ConfigError, PluginError, SplitQuantWarning
+from splitquant_plugins.errors import (
+    CannotSplit,
+    ConfigError,
+    PluginError,
+    SplitQuantError,
+    SplitQuantWarning,
+    first_line,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -66,15 +74,26 @@ class Registered:
 
     def create(self) -> Any:
         """Import and call the factory."""
-        if not isinstance(self.factory, str):
-            return self.factory()
-        module, _, attribute = self.factory.partition(":")
         try:
-            return getattr(import_module(module), attribute)()
+            if not isinstance(self.factory, str):
+                return self.factory()
+            module, _, attribute = self.factory.partition(":")
+            found = getattr(import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise PluginError(
                 f"plugin {self.plugin!r} registered {self.name!r} as {self.factory!r}, which cannot be loaded: {error}"
             ) from error
+        except (Exception, SystemExit) as error:
+            raise self._broken(error) from error
+        try:
+            return found()
+        except SplitQuantError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise self._broken(error) from error
+
+    def _broken(self, error: BaseException) -> PluginError:
+        return PluginError(f"plugin {self.plugin!r}: making its {self.name!r} raised {type(error).__name__}: {error}")
 
 
 class Plugins:
@@ -115,7 +134,7 @@ class Plugins:
         version = entry.dist.version if entry.dist else "unknown"
         try:
             self.add(entry.load(), entry.name, source, version)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a module that exits is broken like one that raises
             message = f"{type(error).__name__}: {error}"
             if strict:
                 raise PluginError(f"plugin {entry.name!r} of {source} is broken: {message}") from error
@@ -185,25 +204,45 @@ class Plugins:
 
     def prepare_model(self, model: nn.Module, config: SplitConfig) -> list[str]:
         """Run the preparation steps in the order of registration; return their notes."""
-        answers = self._manager.hook.splitquant_prepare_model(model=model, config=config)
+        with _no_exit("splitquant_prepare_model"):
+            answers = self._manager.hook.splitquant_prepare_model(model=model, config=config)
         return [note for answer in reversed(answers) for note in answer]
 
     def select_layer(self, name: str, module: nn.Module, config: SplitConfig) -> LayerPlan | Skip | None:
         """Ask how to split a layer."""
         from splitquant_plugins.plan import LayerPlan, Skip
 
-        answer = self._manager.hook.splitquant_select_layer(name=name, module=module, config=config)
+        with _no_exit("splitquant_select_layer"):
+            answer = self._manager.hook.splitquant_select_layer(name=name, module=module, config=config)
         return _checked("splitquant_select_layer", answer, (LayerPlan, Skip, type(None)))
 
     def split_tensor(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> list[Tensor]:
         """Ask for the parts of a tensor; raises CannotSplit where it should stay whole."""
         import torch
 
-        answer = self._manager.hook.splitquant_split_tensor(tensor=tensor, plan=plan, grid=grid)
+        where = f"{plan.layer}.{plan.role}: splitter {plan.splitter!r}"
+        # A stranger's code is given a copy, so that the model stays what it is whatever becomes of the copy.
+        given = tensor if self._is_own(plan.splitter) else tensor.clone()
+        try:
+            answer = self._manager.hook.splitquant_split_tensor(tensor=given, plan=plan, grid=grid)
+        except (CannotSplit, SplitQuantError, MemoryError):
+            raise
+        except (Exception, SystemExit) as error:
+            owner = self.splitters[plan.splitter].plugin if plan.splitter in self.splitters else "unknown"
+            message = f"{where} of plugin {owner!r} raised {type(error).__name__}: {first_line(error)}"
+            raise PluginError(message) from error
+        if given is not tensor and not torch.equal(given, tensor):
+            raise PluginError(f"{where} wrote into the tensor that it was given; a splitter returns new tensors")
         parts = list(_checked("splitquant_split_tensor", answer, (list, tuple)))
         for part in parts:
             _checked("splitquant_split_tensor", part, (torch.Tensor,))
         return parts
+
+    def _is_own(self, splitter: str) -> bool:
+        """Whether only this package's code will see the tensor."""
+        factory = self.splitters[splitter].factory if splitter in self.splitters else None
+        others = len(self._manager.hook.splitquant_split_tensor.get_hookimpls()) > 1
+        return isinstance(factory, str) and factory.startswith("splitquant_plugins.") and not others
 
     def build_module(
         self, module: nn.Module, parts: Mapping[str, Sequence[Tensor | None]], plan: LayerPlan
@@ -233,11 +272,13 @@ class Plugins:
 
     def after_layer(self, record: LayerRecord) -> None:
         """Tell that a layer is done."""
-        self._manager.hook.splitquant_after_layer(record=record)
+        with _no_exit("splitquant_after_layer"):
+            self._manager.hook.splitquant_after_layer(record=record)
 
     def after_split(self, model: nn.Module, manifest: Manifest) -> None:
         """Tell that the model is done."""
-        self._manager.hook.splitquant_after_split(model=model, manifest=manifest)
+        with _no_exit("splitquant_after_split"):
+            self._manager.hook.splitquant_after_split(model=model, manifest=manifest)
 
 
 class _Register:
@@ -263,6 +304,15 @@ class _SplitterDispatch:
     @hookspecs.hookimpl(trylast=True)
     def splitquant_split_tensor(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> Sequence[Tensor]:
         return self._plugins.splitter(plan.splitter).split(tensor, plan, grid)
+
+
+@contextmanager
+def _no_exit(hook: str) -> Iterator[None]:
+    """Make an error of a plugin's sys.exit, which would end the program without a word."""
+    try:
+        yield
+    except SystemExit as error:
+        raise PluginError(f"a plugin called sys.exit({error.code!r}) in {hook}") from error
 
 
 def _checked(hook: str, answer: Any, kinds: tuple[type, ...]) -> Any:

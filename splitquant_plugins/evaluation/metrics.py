@@ -106,9 +106,12 @@ def measure(
 
 
 def linear_weights(model: nn.Module) -> Mapping[str, Tensor]:
-    """Weights of the Linear and convolution layers (transformers' Conv1D included), by layer name."""
+    """Weights of the Linear and convolution layers by layer name, output channels first.
+
+    Those of transformers' Conv1D, which it stores [in, out], are seen transposed.
+    """
     return {
-        name: module.weight.detach()
+        name: module.weight.detach().t() if is_transformers_conv1d(module) else module.weight.detach()
         for name, module in model.named_modules()
         if isinstance(module, LAYERS) or is_transformers_conv1d(module)
     }

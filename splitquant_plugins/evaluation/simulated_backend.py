@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from splitquant_plugins.evaluation.metrics import linear_weights
 from splitquant_plugins.grid import Grid, UniformGrid
 from splitquant_plugins.modules import layer_of_part
 from splitquant_plugins.passes.base import ModelPass
-from splitquant_plugins.passes.module_tree import is_transformers_conv1d
 
 EVERYTHING = Support(("channel", "tensor", "group"), ("affine", "symmetric"))
 
@@ -62,14 +61,12 @@ class SimulatedBackend(Backend):
             split = model if first is None else first.apply(model, grid=grid)
             owners = layer_of_part(split)
             rounded: dict[int, Tensor] = {}
-            for name in linear_weights(split):
-                module = split.get_submodule(name)
-                weight = cast(Tensor, module.weight)
-                if id(weight) not in rounded:
-                    rounded[id(weight)] = _round(module, weight, grid)
-                    weight.copy_(rounded[id(weight)])
+            for name, weight in linear_weights(split).items():
+                memory = weight.data_ptr()
+                if memory not in rounded:
+                    rounded[memory] = weight.copy_(grid.quantize_dequantize(weight))
                 bits = grid.stored_bits(weight.shape)
-                layers.setdefault(owners.get(name, name), []).append(StoredWeight(weight.detach(), bits))
+                layers.setdefault(owners.get(name, name), []).append(StoredWeight(weight, bits))
             return split
 
         quantized = quantized_by(work, first, layers=lambda _: layers)
@@ -82,12 +79,6 @@ class SimulatedBackend(Backend):
     def load(self, folder: Path) -> nn.Module:
         """Refuse: nothing is saved."""
         raise ConfigError("backend simulated saves nothing that could be loaded")
-
-
-def _round(module: nn.Module, weight: Tensor, grid: Grid) -> Tensor:
-    if is_transformers_conv1d(module):  # transformers keeps [in, out]
-        return grid.quantize_dequantize(weight.t()).t()
-    return grid.quantize_dequantize(weight)
 
 
 def _saved_bytes(layers: dict[str, list[StoredWeight]]) -> int:

@@ -47,9 +47,13 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
     What the body replaced is undone, not what it wrote into a tensor. Attributes of the model itself and of its
     `config` are put back too.
     """
-    found: list[Any] = [t for module in model.modules() for t in (module._modules, module._parameters, module._buffers)]
+    found: list[Any] = []
+    for module in model.modules():
+        found += [module._modules, module._parameters, module._buffers]
     found += [getattr(owner, "__dict__", None) for owner in (model, getattr(model, "config", None))]
-    tables = [(table, dict(table)) for table in found if isinstance(table, dict)]
+    tables: list[tuple[dict[Any, Any], dict[Any, Any]]] = [
+        (table, dict(table)) for table in found if isinstance(table, dict)
+    ]
     try:
         yield
     except BaseException:

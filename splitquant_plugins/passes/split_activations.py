@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.modules import SplitActivation
 from splitquant_plugins.passes.module_tree import occurrences, replace_module
 from splitquant_plugins.passes.select import reason_to_ignore
@@ -35,6 +36,7 @@ ELEMENTWISE = (
     nn.Softshrink,
     nn.LogSigmoid,
 )
+LINEAR_RANKS = (1, 5)  # a Linear takes any number of dimensions; no model is known to give it more
 REFUSED = {
     nn.Softmax: "it is not elementwise",
     nn.Softmax2d: "it is not elementwise",
@@ -52,20 +54,35 @@ def split_activations(model: nn.Module, config: SplitConfig) -> list[str]:
     The feature dimension is `config.activation_dim`, or else what the Linear or convolution that was
     registered last before the activation puts its features in: last, or the channel dimension.
     """
-    notes, dim = [], -1
+    notes, dim, ranks = [], -1, LINEAR_RANKS
     for module, names in occurrences(model):
         name = names[0]
         dim = feature_dim(module, dim)
+        ranks = _ranks(module, ranks)
         reason = refusal(module)
         if reason:
             notes.append(f"activation {name} ({type(module).__name__}) is left whole: {reason}")
         elif is_elementwise(module) and reason_to_ignore([name], config) is None:
             chosen = dim if config.activation_dim is None else config.activation_dim
+            if not -max(ranks) <= chosen < max(ranks):
+                raise ConfigError(
+                    f"activation_dim={chosen}: activation {name} is given tensors of {min(ranks)} to {max(ranks)} "
+                    f"dimensions; choose {-max(ranks)} to {max(ranks) - 1}, or leave it out"
+                )
             split = SplitActivation(module, config.k, chosen).train(module.training)
             for place in names:
                 replace_module(model, place, split)
             notes.append(f"activation {name} ({type(module).__name__}) is split in {config.k} along {chosen}")
     return notes
+
+
+def _ranks(module: nn.Module, previous: tuple[int, int]) -> tuple[int, int]:
+    """The least and the most dimensions of a layer's output."""
+    if isinstance(module, nn.Linear):
+        return LINEAR_RANKS
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return len(module.kernel_size) + 1, len(module.kernel_size) + 2
+    return previous
 
 
 def feature_dim(module: nn.Module, previous: int) -> int:
