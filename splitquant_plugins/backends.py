@@ -224,7 +224,7 @@ class Backend(ABC):
             )
         if request.method not in self.methods:
             raise ConfigError(
-                f"backend {self.name} has no values {request.method!r}: choose from {', '.join(self.methods)}"
+                f"backend {self.name} has no method {request.method!r}: choose from {', '.join(self.methods)}"
             )
         support = self.support[request.weights]
         granularity = self._choice("granularity", request.granularity, support.granularities, request.weights)

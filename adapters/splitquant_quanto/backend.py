@@ -41,7 +41,7 @@ class QuantoBackend(Backend):
         """Fill the gaps of a request; HQQ is for weights with a shift."""
         chosen = super().resolve(request)
         if chosen.method == "hqq" and chosen.scheme == "symmetric":
-            raise ConfigError(f"backend quanto has no values 'hqq' at {request.weights}: choose int2 or int4")
+            raise ConfigError(f"backend quanto has no method 'hqq' at {request.weights}: choose int2 or int4")
         return chosen
 
     def grid(self, chosen: WeightFormat) -> Grid:

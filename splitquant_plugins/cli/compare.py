@@ -27,12 +27,14 @@ from splitquant_plugins.cli.options import (
     "--split", "splits", type=CommaList(), default="none,kmeans", show_default=True, help="Splitters, or none."
 )
 @click.option(
-    "--values",
+    "--method",
+    "methods",
     type=CommaList(),
     default="rtn",
     show_default=True,
     help="How values are chosen: rtn (nearest), decoupleq, or hqq and gptq where the backend has them.",
 )
+@click.option("--values", type=CommaList(), hidden=True)  # the name of --method before; to go with the next release
 @click.option("--seed", "seeds", type=CommaList(int), default="0", show_default=True)
 @click.option("--limit", type=click.IntRange(min=1), help="Use the first rows of the data only.")
 @click.option(
@@ -50,7 +52,8 @@ def compare(
     backends: list[str],
     weights: list[str],
     splits: list[str],
-    values: list[str],
+    methods: list[str],
+    values: list[str] | None,
     seeds: list[int],
     limit: int | None,
     equal_storage: bool,
@@ -77,12 +80,15 @@ def compare(
     from splitquant_plugins.plugins import Plugins
 
     quiet_libraries()
+    if values is not None:
+        click.echo("splitquant: warning: --values is called --method now; the old name goes away", err=True)
+        methods = values
     refuse_inputs_as_output(json_path, model, data, calibration)
     requests = [WeightRequest(width, granularity, group_size, scheme) for width in weights]
     options = pass_options(k, budget, jobs, extra)
     batches = None if calibration is None else comparison.calibration_batches(model, calibration)
     plugins = Plugins.load()
-    runs = comparison.plan_runs(plugins, backends, requests, splits, seeds, options, values, batches)
+    runs = comparison.plan_runs(plugins, backends, requests, splits, seeds, options, methods, batches)
     if equal_storage:
         runs += comparison.equal_storage_runs(plugins, runs)
     rows: list[dict[str, Any]] = []

@@ -33,7 +33,7 @@ DECOUPLEQ = "decoupleq"
 CALIBRATION_TEXTS = 256
 OWN_TEXT = "self"
 _OWN_LENGTH = 256
-_NEED_CALIBRATION = "need calibration data: give --calibration FILE, a csv with a column text, or --calibration self"
+_NEEDS_CALIBRATION = "needs calibration data: give --calibration FILE, a csv with a column text, or --calibration self"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Run:
     calibration: Sequence[dict[str, Tensor]] | None = field(default=None, repr=False)
 
     @property
-    def values(self) -> str:
+    def method(self) -> str:
         """How the values are chosen."""
         return self.format.method if self.solver is None else DECOUPLEQ
 
@@ -67,7 +67,7 @@ class Run:
     @property
     def title(self) -> str:
         """What a progress bar shows."""
-        return f"{self.backend.name} {self.format.weights} {self.split} {self.values}"
+        return f"{self.backend.name} {self.format.weights} {self.split} {self.method}"
 
 
 @dataclass(frozen=True)
@@ -88,32 +88,33 @@ def plan_runs(
     splits: Sequence[str],
     seeds: Sequence[int] = (0,),
     options: dict[str, Any] | None = None,
-    values: Sequence[str] = (ROUND_TO_NEAREST,),
+    methods: Sequence[str] = (ROUND_TO_NEAREST,),
     calibration: Sequence[dict[str, Tensor]] | None = None,
 ) -> list[Run]:
     """Check every choice before anything is loaded, and return the runs in the order of the table.
 
-    `options` are those of SplitQuantPass. `values` are methods of the backends, or decoupleq; those that need
-    `calibration` batches are an error without. An unsplit run does not depend on the seed and is made once.
+    `options` are those of SplitQuantPass. `methods` say how values are chosen, as the backends have them, or decoupleq;
+    one that needs `calibration` batches is an error without. An unsplit run does not depend on the seed, and is made
+    once.
     """
     options = options or {}
     chosen = [plugins.backend(name) for name in backends]
     for backend in chosen:
         backend.require()
-    if DECOUPLEQ in values and calibration is None:
-        raise ConfigError(f"values {DECOUPLEQ!r} {_NEED_CALIBRATION}")
-    solver = DecoupleQPass(calibration=calibration, plugins=plugins) if DECOUPLEQ in values else None
+    if DECOUPLEQ in methods and calibration is None:
+        raise ConfigError(f"method {DECOUPLEQ!r} {_NEEDS_CALIBRATION}")
+    solver = DecoupleQPass(calibration=calibration, plugins=plugins) if DECOUPLEQ in methods else None
     formats = []
-    for backend, request, method in product(chosen, requests, values):
+    for backend, request, method in product(chosen, requests, methods):
         own = ROUND_TO_NEAREST if method == DECOUPLEQ else method
         if own in backend.calibrated and calibration is None:
-            raise ConfigError(f"values {own!r} of backend {backend.name} {_NEED_CALIBRATION}")
+            raise ConfigError(f"method {own!r} of backend {backend.name} {_NEEDS_CALIBRATION}")
         form = backend.resolve(replace(request, method=own))
         batches = calibration if own in backend.calibrated else None
         formats.append((backend, form, solver if method == DECOUPLEQ else None, batches))
     using = {split for split in splits if split != UNSPLIT and plugins.splitter(split).uses_calibration}
     if calibration is not None and not using and solver is None and all(batches is None for *_, batches in formats):
-        raise ConfigError("calibration: no splitter and no values chosen here make use of it; leave it out")
+        raise ConfigError("calibration: no splitter and no method chosen here makes use of it; leave it out")
     passes: list[tuple[str, int, SplitQuantPass | None]] = []
     for split, seed in product(splits, seeds):
         if split != UNSPLIT:
@@ -221,7 +222,8 @@ def row_of(subject: Subject, run: Run) -> dict[str, Any]:
         "group_size": run.format.group_size,
         "scheme": run.format.scheme,
         "split": run.split,
-        "values": run.values,
+        "method": run.method,
+        "values": run.method,  # the name of that field before; to go with the next release
         "k": _parts(run.splitter),
         "budget": run.splitter.config.budget if run.splitter else None,
         "fp32_accuracy": accuracy(subject.logits, subject.data.labels),

@@ -52,7 +52,7 @@ COMPARE_COLUMNS: tuple[Column, ...] = (
     ("scheme", "scheme", text),
     ("split", "split", text),
     ("k", "k", text),
-    ("values", "values", text),
+    ("method", "method", text),
     ("accuracy", "accuracy", percent),
     ("agreement", "agreement", percent),
     ("logit_sqnr_db", "logit dB", decibel),

@@ -142,11 +142,13 @@ def subject(batches):
 
 def test_values_are_a_dimension_of_the_comparison(plugins, batches):
     pytest.importorskip(NEEDS["inc"])
-    values = ["rtn", "decoupleq", "gptq"]
-    runs = plan_runs(plugins, ["inc"], [WeightRequest("int2")], ["none", "kmeans"], values=values, calibration=batches)
-    made = [run for run in runs if run.split == "none" or run.values == "decoupleq"]
+    methods = ["rtn", "decoupleq", "gptq"]
+    runs = plan_runs(
+        plugins, ["inc"], [WeightRequest("int2")], ["none", "kmeans"], methods=methods, calibration=batches
+    )
+    made = [run for run in runs if run.split == "none" or run.method == "decoupleq"]
     with torch.no_grad():
-        rows = {(row["split"], row["values"]): row for row in (row_of(subject(batches), run) for run in made)}
+        rows = {(row["split"], row["method"]): row for row in (row_of(subject(batches), run) for run in made)}
     assert len(rows) == len(made) == 4
     assert {row["layers_solved"] for row in rows.values()} == {0, 8}
     plain, solved = rows["none", "rtn"], rows["none", "decoupleq"]
@@ -157,18 +159,18 @@ def test_values_are_a_dimension_of_the_comparison(plugins, batches):
 
 
 def test_values_that_cannot_be_are_refused(plugins, batches):
-    def plan(values, backend="inc", splits=("none",), calibration=None, request="int2"):
+    def plan(methods, backend="inc", splits=("none",), calibration=None, request="int2"):
         pytest.importorskip(NEEDS[backend])
-        return plan_runs(plugins, [backend], [WeightRequest(request)], splits, values=values, calibration=calibration)
+        return plan_runs(plugins, [backend], [WeightRequest(request)], splits, methods=methods, calibration=calibration)
 
-    with pytest.raises(ConfigError, match=r"backend quanto has no values 'gptq': choose from rtn, hqq"):
+    with pytest.raises(ConfigError, match=r"backend quanto has no method 'gptq': choose from rtn, hqq"):
         plan(["gptq"], "quanto", calibration=batches)
     with pytest.raises(ConfigError, match="'hqq' at int8"):
         plan(["hqq"], "quanto", request="int8")
-    with pytest.raises(ConfigError, match="'gptq' of backend inc need calibration"):
+    with pytest.raises(ConfigError, match="'gptq' of backend inc needs calibration"):
         plan(["gptq"])
-    with pytest.raises(ConfigError, match="need calibration"):
+    with pytest.raises(ConfigError, match="needs calibration"):
         plan(["decoupleq"])
-    with pytest.raises(ConfigError, match="make use of it"):
+    with pytest.raises(ConfigError, match="makes use of it"):
         plan(["rtn"], calibration=batches)
     assert copy.deepcopy(plan(["gptq"], calibration=batches)[0]).calibration is not None

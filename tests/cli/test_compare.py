@@ -27,8 +27,8 @@ def rows_of(classifier: Callable[..., Path], texts: Path, tmp_path: Path) -> Cal
 
 
 def test_values_that_are_calibrated(rows_of: Callable[..., list[dict[str, Any]]], texts: Path) -> None:
-    rows = rows_of("--values", "rtn,decoupleq", "--calibration", str(texts), "--split", "none,kmeans", "--k", "2")
-    assert [(row["values"], row["split"], row["layers_solved"]) for row in rows] == [
+    rows = rows_of("--method", "rtn,decoupleq", "--calibration", str(texts), "--split", "none,kmeans", "--k", "2")
+    assert [(row["method"], row["split"], row["layers_solved"]) for row in rows] == [
         ("rtn", "none", 0),
         ("rtn", "kmeans", 0),
         ("decoupleq", "none", 8),
@@ -39,15 +39,25 @@ def test_values_that_are_calibrated(rows_of: Callable[..., list[dict[str, Any]]]
         assert solved["logit_sqnr_db"] > plain["logit_sqnr_db"]
 
 
-@pytest.mark.parametrize(("backend", "values"), [("simulated", "decoupleq"), ("inc", "gptq")])
-def test_values_without_their_data_name_the_option(
-    backend: str, values: str, classifier: Callable[..., Path], texts: Path, fails: Callable[..., str]
+def test_the_old_names_of_method_go_on_working(
+    rows_of: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (row,) = rows_of("--values", "rtn", "--split", "none", "--limit", "4")
+    assert row["values"] == row["method"] == "rtn"
+    assert "warning: --values is called --method now" in capsys.readouterr().err
+    (row,) = rows_of("--method", "rtn", "--split", "none", "--limit", "4")
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("backend", "method"), [("simulated", "decoupleq"), ("inc", "gptq")])
+def test_methods_without_their_data_name_the_option(
+    backend: str, method: str, classifier: Callable[..., Path], texts: Path, fails: Callable[..., str]
 ) -> None:
     if backend == "inc":
         pytest.importorskip("neural_compressor")
-    line = fails("compare", classifier(), "--data", texts, "--backend", backend, "--values", values)
+    line = fails("compare", classifier(), "--data", texts, "--backend", backend, "--method", method)
     assert "--calibration FILE" in line
-    assert repr(values) in line
+    assert repr(method) in line
 
 
 @pytest.mark.parametrize(
