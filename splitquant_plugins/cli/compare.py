@@ -77,6 +77,7 @@ def compare(
     from splitquant_plugins.backends import WeightRequest
     from splitquant_plugins.evaluation import compare as comparison
     from splitquant_plugins.evaluation import tables as report
+    from splitquant_plugins.evaluation.coverage import sentences
     from splitquant_plugins.plugins import Plugins
 
     quiet_libraries()
@@ -106,4 +107,6 @@ def compare(
     fp32 = report.percent(rows[0]["fp32_accuracy"])
     title = f"{model} on {data}: n = {rows[0]['n']}, FP32 accuracy {fp32}"
     report.print_table(title, rows, report.COMPARE_COLUMNS)
+    for line in sentences(min(rows, key=lambda row: row["quantized_share"])):
+        click.echo(line)
     report.write_rows(json_path, rows)

@@ -54,6 +54,7 @@ def quantize(
     from splitquant_plugins.backends import WeightRequest
     from splitquant_plugins.evaluation import tables as report
     from splitquant_plugins.evaluation.compare import calibration_batches
+    from splitquant_plugins.evaluation.coverage import sentences
     from splitquant_plugins.plugins import Plugins
     from splitquant_plugins.streaming.quantize_model import quantize_model
 
@@ -81,6 +82,8 @@ def quantize(
         ("quantize_seconds", "quantize s", report.two_decimals),
     )
     report.print_table(f"{model} in {output}: {backend} {weights}, split {splitter}", [row], columns)
+    for line in sentences(row) if "left_float" in row else ():
+        click.echo(line)
     if not row["tokenizer_files"]:
         click.echo(f"{model} has no tokenizer files, and so {output} has none; the model itself is complete")
     report.write_rows(json_path, [row])

@@ -20,6 +20,7 @@ from splitquant_plugins.checkpoints.transformers_models import (
 )
 from splitquant_plugins.decoupleq.decoupleq_pass import DecoupleQPass
 from splitquant_plugins.errors import ConfigError, InputError, first_line
+from splitquant_plugins.evaluation.coverage import coverage, float_tensors
 from splitquant_plugins.evaluation.metrics import accuracy, logits_of, measure, tokenize
 from splitquant_plugins.evaluation.peak_memory import PeakMemory
 from splitquant_plugins.evaluation.texts import LabelledTexts, load_texts, load_unlabelled
@@ -208,6 +209,7 @@ def compare(
 def row_of(subject: Subject, run: Run) -> dict[str, Any]:
     """Quantize a copy of the subject and measure it."""
     model = copy.deepcopy(subject.model)
+    tensors = float_tensors(model)
     with PeakMemory() as memory:
         quantized = run.backend.quantize(model, run.format, run.first, run.calibration or subject.batches)
     logits = logits_of(quantized.run, subject.batches)
@@ -233,6 +235,7 @@ def row_of(subject: Subject, run: Run) -> dict[str, Any]:
         "seconds": quantized.seconds,
         "peak_mb": memory.megabytes,
         "layers_split": len(quantized.manifest.split) if quantized.manifest else 0,
+        **coverage(tensors, quantized.layers, quantized.manifest),
         "layers_solved": len(quantized.manifest.solved) if quantized.manifest else 0,
         "seed": run.seed,
     }

@@ -140,7 +140,7 @@ def _answer(
 ) -> LayerPlan | Skip | None:
     """What becomes of a module, once the options have had their say; None where it is no layer."""
     if answer is None and any(True for _ in module.parameters(recurse=False)):
-        return Skip(f"{type(module).__name__} is of no type that a plugin splits")
+        return Skip(_no_layer(module))
     if not isinstance(answer, LayerPlan):
         return answer
     if not answer.weight.numel():
@@ -150,3 +150,14 @@ def _answer(
         tied = [embeddings[id(p)] for p in module.parameters(recurse=False) if id(p) in embeddings]
         reason = tied_reason(tied[0]) if tied else None
     return answer if reason is None else Skip(reason)
+
+
+def _no_layer(module: nn.Module) -> str:
+    """Why a module that holds parameters is no layer to split."""
+    stacked = [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
+    if stacked and not isinstance(module, nn.modules.conv._ConvNd):
+        return (
+            f"{type(module).__name__} keeps the weights of several experts as one tensor ({', '.join(stacked)}), which "
+            "is no layer; it is of no type that a plugin splits"
+        )
+    return f"{type(module).__name__} is of no type that a plugin splits"

@@ -18,6 +18,7 @@ from splitquant_plugins.checkpoints.files import refuse_output_folder
 from splitquant_plugins.checkpoints.source import is_sharded
 from splitquant_plugins.checkpoints.transformers_models import load_model
 from splitquant_plugins.errors import ConfigError, InputError, first_line
+from splitquant_plugins.evaluation.coverage import coverage, float_tensors
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.plugins import Plugins
 from splitquant_plugins.streaming.run import stream_model
@@ -84,6 +85,7 @@ def quantize_model(
 
 def _in_memory(chosen: Backend, model: str, form: WeightFormat, first: SplitQuantPass, output: Path) -> dict[str, Any]:
     loaded = load_model(model)
+    tensors = float_tensors(loaded)
     with _appearing(output) as temporary:
         quantized = chosen.quantize(loaded, form, first, [example_batch(loaded)])
         source = _folder_of(model)
@@ -95,6 +97,7 @@ def _in_memory(chosen: Backend, model: str, form: WeightFormat, first: SplitQuan
     return {
         "layers_split": len(quantized.manifest.split) if quantized.manifest else 0,
         "layers_quantized": quantized.layers_quantized,
+        **coverage(tensors, quantized.layers, quantized.manifest),
         "bits_per_weight": sum(part.bits for part in stored) / weights,
         "model_bytes": quantized.state_bytes,
         "split_seconds": quantized.split_seconds,
