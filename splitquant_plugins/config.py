@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -41,26 +42,29 @@ class SplitConfig(BaseModel):
 
 
 def config_from(options: dict[str, Any]) -> SplitConfig:
-    """Validate keyword options; lists are taken for tuples, a single pattern for a tuple of one."""
+    """Validate keyword options of SplitQuantPass."""
+    config: SplitConfig = validated(SplitConfig, options, "SplitQuantPass")
+    return config
+
+
+def validated(model: type[BaseModel], options: dict[str, Any], owner: str, also: Sequence[str] = ()) -> Any:
+    """Return `model(**options)`, or raise ConfigError with one readable line per wrong option.
+
+    Lists are taken for tuples, a single pattern for a tuple of one. `also` are further keywords that `owner` takes.
+    """
     cleaned = dict(options)
-    for key in ("include", "exclude"):
-        if isinstance(cleaned.get(key), str):
-            cleaned[key] = (cleaned[key],)
-        elif isinstance(cleaned.get(key), list):
-            cleaned[key] = tuple(cleaned[key])
-    return validated(SplitConfig, cleaned, "SplitQuantPass")
-
-
-def validated(model: type[BaseModel], options: dict[str, Any], owner: str) -> Any:
-    """Return `model(**options)`, or raise ConfigError with one readable line per wrong option."""
+    for name, field in model.model_fields.items():
+        value = cleaned.get(name)
+        if get_origin(field.annotation) is tuple and isinstance(value, (list, str)):
+            cleaned[name] = (value,) if isinstance(value, str) else tuple(value)
     try:
-        return model(**options)
+        return model(**cleaned)
     except ValidationError as error:
         lines = []
         for problem in error.errors():
             name = ".".join(str(part) for part in problem["loc"])
             if problem["type"] == "extra_forbidden":
-                allowed = ", ".join(sorted(model.model_fields)) or "none"
+                allowed = ", ".join(sorted([*model.model_fields, *also])) or "none"
                 lines.append(f"{owner} has no option {name!r}; it takes: {allowed}")
             else:
                 lines.append(f"{owner} option {name}={problem['input']!r}: {problem['msg'].lower()}")

@@ -6,12 +6,13 @@ A row takes a new answer only if its error falls, so the error never rises.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
-from torch import Tensor
 
-from splitquant_plugins.decoupleq.grids import Affine
+from splitquant_plugins.decoupleq.parts import Parts, State
+from splitquant_plugins.decoupleq.short_rows import searched_codes
+from splitquant_plugins.decoupleq.solver_grid import Affine
 from splitquant_plugins.errors import ConfigError
 
 Rounding = Literal["gptq", "projected"]
@@ -25,10 +26,10 @@ class SolveOptions:
     """Options of the layer stage.
 
     `damping`: part of the mean diagonal of H that is added to its diagonal. `rounding`: `gptq` or the
-    paper's `projected` gradient descent (slower). `rounds`: most alternations per start. `starts`: first
-    ranges tried, as factors of the range found by the grid search. `sweeps`: of coordinate descent after
-    each rounding, 0 for none, as in the paper. `search_inputs`: rows of at most so many weights are searched
-    more widely, with single and paired code changes and restarts from random changes (`seed`); 0 for none.
+    paper's `projected` gradient descent (slower; for one part). `rounds`: most alternations per start. `starts`:
+    first ranges tried, as factors of the range found by the grid search. `sweeps`: of coordinate descent after
+    each rounding, 0 for none, as in the paper. `search_inputs`: rows of at most so many weights, of one part, are
+    searched more widely, with single and paired code changes and restarts from random changes (`seed`); 0 for none.
     `tolerance`: part of the rows that must improve for another round.
     """
 
@@ -51,79 +52,51 @@ class SolveOptions:
                 raise ConfigError(f"{name}={getattr(self, name)}: give 0 or a positive number")
 
 
-@dataclass(frozen=True)
-class State:
-    """A candidate answer: codes [..., out, d], scales and zeros, and the error of each row [out]."""
+def best_state(parts: Parts, options: SolveOptions) -> tuple[State, list[float]]:
+    """The best codes, scales and zeros found, in float64, and the error after every step, which never rises.
 
-    codes: Tensor
-    affine: Affine
-    errors: Tensor
-
-    @property
-    def total(self) -> float:
-        """The error of all rows."""
-        return float(self.errors.sum())
-
-    def or_better(self, other: State, shared: bool) -> State:
-        """Row by row the better one; as a whole where the rows share their scale."""
-        if shared:
-            return other if other.total < self.total else self
-        take = other.errors < self.errors
-        return State(
-            torch.where(take[:, None], other.codes, self.codes),
-            other.affine.where(take, self.affine),
-            torch.where(take, other.errors, self.errors),
-        )
+    The first error is that of rounding to nearest in the min-max range. With a free zero only the sum of the parts'
+    zeros is determined; the first part carries the offset.
+    """
+    best, trace = _alternated(parts, options)
+    short = parts.weight.shape[1] <= options.search_inputs
+    if short and parts.k == 1 and parts.grid.granularity == "channel":
+        codes = searched_codes(parts.problem, best.codes[0], parts.grid, options.seed)[None]
+        best = best.or_better(parts.refitted(parts.state(codes, best.affine)), shared=False)
+        trace.append(best.total)
+    return best, trace
 
 
-class Steps(Protocol):
-    """What `alternate` needs of a problem; `shared` tells whether all rows have one scale."""
-
-    shared: bool
-
-    def first(self, shrink: float) -> Affine:
-        """Scales and zeros for the range of each cell times `shrink`."""
-
-    def nearest(self, affine: Affine) -> State:
-        """Rounding to nearest."""
-
-    def rounded(self, affine: Affine) -> State:
-        """Codes that take H into account."""
-
-    def refitted(self, state: State) -> State:
-        """The same codes with their closed-form scales and zeros; not necessarily better."""
-
-
-def alternate(steps: Steps, options: SolveOptions) -> tuple[State, list[float]]:
-    """The best state found, and the error after every step; the first is that of the min-max range."""
-    best = steps.nearest(steps.first(1.0))
+def _alternated(parts: Parts, options: SolveOptions) -> tuple[State, list[float]]:
+    shared = parts.grid.per_tensor
+    best = parts.nearest(parts.first(1.0))
     trace = [best.total]
     for shrink in _SHRINKS:
-        best = best.or_better(steps.nearest(steps.first(shrink)), steps.shared)
+        best = best.or_better(parts.nearest(parts.first(shrink)), shared)
     trace.append(best.total)
     found = best.affine
     for factor in options.starts:
-        current = steps.nearest(Affine(found.scale * factor, found.zero * factor))
+        current = parts.nearest(Affine(found.scale * factor, found.zero * factor))
         for _ in range(options.rounds):
-            improved = step(steps, current)
+            improved = _step(parts, current)
             moved = int((improved.errors < current.errors).sum())
             current = improved
-            best = best.or_better(current, steps.shared)
+            best = best.or_better(current, shared)
             trace.append(best.total)
             if moved <= options.tolerance * len(current.errors):
                 break
     return best, trace
 
 
-def step(steps: Steps, current: State) -> State:
+def _step(parts: Parts, current: State) -> State:
     """New codes, then new scales and zeros, taken where they help."""
-    rounded = steps.rounded(current.affine)
-    if steps.shared:
+    rounded = parts.rounded(current.affine)
+    if parts.grid.per_tensor:
         # Codes are a matter of the row even where the scale is not.
         take = rounded.errors < current.errors
         codes = torch.where(take[:, None], rounded.codes, current.codes)
         current = State(codes, current.affine, torch.where(take, rounded.errors, current.errors))
-        return current.or_better(steps.refitted(current), shared=True)
+        return current.or_better(parts.refitted(current), shared=True)
     # A row's codes may be worse with the old scale, and better with their own.
     better = current.or_better(rounded, shared=False)
-    return better.or_better(steps.refitted(rounded), shared=False)
+    return better.or_better(parts.refitted(rounded), shared=False)

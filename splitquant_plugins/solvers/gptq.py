@@ -34,11 +34,12 @@ class AffineLevels:
 
     scale: Tensor
     zero: Tensor
-    code_range: tuple[int, int]
+    quant_min: int
+    quant_max: int
 
     def nearest(self, target: Tensor, where: Where) -> Tensor:
-        """Round to nearest, clamped to the code range; float64."""
-        return torch.round((target - self.zero[where]) / self.scale[where]).clamp(*self.code_range)
+        """Round to nearest, clamped to `quant_min` and `quant_max`; float64."""
+        return torch.round((target - self.zero[where]) / self.scale[where]).clamp(self.quant_min, self.quant_max)
 
     def values(self, codes: Tensor, where: Where) -> Tensor:
         """The levels of codes."""
@@ -47,27 +48,27 @@ class AffineLevels:
 
 @dataclass(frozen=True)
 class TableLevels:
-    """Any levels: `table` [cells, rows or 1, levels] in ascending order; a code is a place in it.
+    """Any levels: `table` [groups, rows or 1, levels] in ascending order; a code is a place in it.
 
-    `cell_of_column`: [d], which cell of the table holds for a column.
+    `group_of_column`: [d], which group of the table holds for a column.
     """
 
     table: Tensor
-    cell_of_column: Tensor
+    group_of_column: Tensor
 
     def nearest(self, target: Tensor, where: Where) -> Tensor:
         """Places of the nearest levels; float64."""
         if isinstance(where, int):
-            table = self.table[self.cell_of_column[where]]
+            table = self.table[self.group_of_column[where]]
             middles = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
             middles = middles[0] if len(middles) == 1 else middles
             found = torch.searchsorted(middles, target[:, None].contiguous() if middles.ndim > 1 else target)
             return found.reshape(target.shape).to(target)
-        cells = self.cell_of_column[where]
+        groups = self.group_of_column[where]
         codes = torch.empty_like(target)
-        for cell in torch.unique(cells).tolist():
-            inside = cells == cell
-            table = self.table[cell]
+        for group in torch.unique(groups).tolist():
+            inside = groups == group
+            table = self.table[group]
             middles = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
             wanted = target[inside].T.contiguous()
             found = torch.searchsorted(middles[0] if len(middles) == 1 else middles, wanted)
@@ -76,15 +77,15 @@ class TableLevels:
 
     def values(self, codes: Tensor, where: Where) -> Tensor:
         """The levels at these places."""
-        cells = self.cell_of_column[where]
+        groups = self.group_of_column[where]
         if isinstance(where, int):
-            table = self.table[cells].expand(len(codes), -1)
+            table = self.table[groups].expand(len(codes), -1)
             return table.gather(1, codes[:, None].long())[:, 0]
         values = torch.empty_like(codes)
-        for cell in torch.unique(cells).tolist():
-            inside = cells == cell
+        for group in torch.unique(groups).tolist():
+            inside = groups == group
             places = codes[inside].T.long()
-            values[inside] = self.table[cell].expand(len(places), -1).gather(1, places).T
+            values[inside] = self.table[group].expand(len(places), -1).gather(1, places).T
         return values
 
 

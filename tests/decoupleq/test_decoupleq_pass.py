@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-import splitquant_plugins.decoupleq.decoupleq_pass as module
+import splitquant_plugins.decoupleq.run as module
 from splitquant_plugins import DecoupleQPass, Manifest, SplitQuantPass, UniformGrid, manifest_of
-from splitquant_plugins.errors import AlreadySplitError, ConfigError, InputError
+from splitquant_plugins.errors import AlreadySplitError, ConfigError, InputError, SplitQuantWarning
 from splitquant_plugins.passes.rebuild import apply_manifest
 
 FAST = {"rounds": 1, "starts": (1.0,), "sweeps": 1}
@@ -231,7 +231,7 @@ def test_a_run_that_was_killed_goes_on(net, batches, plugins, tmp_path, tune, mo
     before = weights(net)
     killed = copy.deepcopy(net)
 
-    real, names = module.solve_on_grid, []
+    real, names = module.solve_weight, []
 
     def counted(*args, **kwargs):
         names.append(kwargs["name"])
@@ -239,7 +239,7 @@ def test_a_run_that_was_killed_goes_on(net, batches, plugins, tmp_path, tune, mo
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(module, "solve_on_grid", counted)
+    monkeypatch.setattr(module, "solve_weight", counted)
     with pytest.raises(KeyboardInterrupt):
         DecoupleQPass(calibration=batches, **options).apply(killed, grid=GRID)
     assert same(weights(killed), before), "the model was not put back"
@@ -296,6 +296,24 @@ def test_what_is_refused(net, batches, plugins):
     with pytest.raises(AlreadySplitError, match="applied to this model before"):
         solver().apply(net, grid=GRID)
     assert repr(solver(bits=2)) == "DecoupleQPass(bits=2)"
+
+
+def test_the_former_name_of_an_option_still_works_with_a_warning(net, batches, plugins):
+    with pytest.warns(SplitQuantWarning, match="drift is called asymmetric_calibration"):
+        former = DecoupleQPass(calibration=batches, drift=0.25, plugins=plugins)
+    assert former.config == DecoupleQPass(calibration=batches, asymmetric_calibration=0.25, plugins=plugins).config
+    with pytest.warns(SplitQuantWarning), pytest.raises(ConfigError, match="asymmetric_calibration=2"):
+        DecoupleQPass(calibration=batches, drift=2, plugins=plugins)
+
+
+def test_a_manifest_saved_with_the_former_option_loads(net, batches, plugins, tmp_path):
+    DecoupleQPass(calibration=batches, plugins=plugins, **FAST).apply(net, grid=GRID)
+    manifest = manifest_of(net)
+    values = {("drift" if key == "asymmetric_calibration" else key): value for key, value in manifest.values.items()}
+    assert "drift" in values
+    manifest.model_copy(update={"values": values}).save(tmp_path)
+    loaded = apply_manifest(Net(), Manifest.load(tmp_path), plugins)
+    assert manifest_of(loaded).values["drift"] == 0.5
 
 
 def test_statistics_within_a_limit_give_a_solution_too(net, batches, plugins):

@@ -17,7 +17,7 @@ def problem() -> tuple[Tensor, Tensor, AffineLevels]:
     inputs = torch.randn(200, WIDTH, generator=generator, dtype=torch.float64) @ mixing
     target = torch.randn(WIDTH, ROWS, generator=generator, dtype=torch.float64)
     scale = torch.full((WIDTH, ROWS), 0.8, dtype=torch.float64)
-    return target, inputs.T @ inputs / 200, AffineLevels(scale, -1.5 * scale, (0, 3))
+    return target, inputs.T @ inputs / 200, AffineLevels(scale, -1.5 * scale, 0, 3)
 
 
 def gptq(target: Tensor, moment: Tensor, levels: AffineLevels, order: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Closed-form scales and zeros for given codes (decoupleQ, arXiv 2404.12759, section 3.3).
 
 With fixed codes Q the objective is a quadratic in the scales and zeros of a row: its minimum solves a linear
-system, 2 x 2 for one cell per row, 2G x 2G for G groups. Its coefficients are sums of H over codes and ones.
+system, 2 x 2 for one group per row, 2G x 2G for G groups. Its coefficients are sums of H over codes and ones.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from splitquant_plugins.decoupleq.grids import Affine, ValueGrid
 from splitquant_plugins.decoupleq.objective import Rows
+from splitquant_plugins.decoupleq.solver_grid import Affine, SolverGrid
 
-# Relative to a diagonal of ones; only matters where the system is singular (a cell with a single code).
+# Relative to a diagonal of ones; only matters where the system is singular (a group with a single code).
 _RIDGE = 1e-11
 
 
-def fit_affine(problem: Sequence[Rows], codes: Tensor, grid: ValueGrid, current: Affine) -> Affine:
+def fit_affine(problem: Sequence[Rows], codes: Tensor, grid: SolverGrid, current: Affine) -> Affine:
     """Scales and zeros that minimise the error of the sum of k parts with codes [k, rows, d].
 
-    The cells of the answer (and of `current`) are those of the first part, then of the second, and so on:
-    [rows, k * cells]. Directions that the codes leave undetermined stay as in `current`. With an integer
-    zero point all of its values are tried, one cell at a time. Rows (or the tensor) for which no positive
+    The groups of the answer (and of `current`) are those of the first part, then of the second, and so on:
+    [rows, k * groups]. Directions that the codes leave undetermined stay as in `current`. With an integer
+    zero point all of its values are tried, one group at a time. Rows (or the tensor) for which no positive
     scale is best keep `current`. The caller compares errors before it accepts the answer.
     """
     chunks = torch.split(codes, [len(rows.weight) for rows in problem], dim=1)
@@ -36,9 +36,9 @@ def fit_affine(problem: Sequence[Rows], codes: Tensor, grid: ValueGrid, current:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Coefficients of the quadratic: inner products under H, [rows, C, C] and [rows, C] for C cells.
+    """Coefficients of the quadratic: inner products under H, [rows, C, C] and [rows, C] for C groups.
 
-    q is the codes of a cell (0 elsewhere), e its indicator, w the weights. One row of sums for all rows
+    q is the codes of a group (0 elsewhere), e its indicator, w the weights. One row of sums for all rows
     where these share their scale.
     """
 
@@ -49,37 +49,36 @@ class _Sums:
     we: Tensor
 
     @classmethod
-    def of(cls, problem: Sequence[Rows], codes: Sequence[Tensor], grid: ValueGrid) -> _Sums:
-        shared = grid.granularity == "tensor"
+    def of(cls, problem: Sequence[Rows], codes: Sequence[Tensor], grid: SolverGrid) -> _Sums:
         found = [cls._of_rows(rows, part, grid) for rows, part in zip(problem, codes, strict=True)]
         joined = cls(*(torch.cat([getattr(sums, name.name) for sums in found]) for name in fields(cls)))
-        if not shared:
+        if not grid.per_tensor:
             return joined
         # All rows share the unknowns: their quadratics add up.
         return cls(*(getattr(joined, name.name).sum(dim=0, keepdim=True) for name in fields(cls)))
 
     @classmethod
-    def _of_rows(cls, rows: Rows, codes: Tensor, grid: ValueGrid) -> _Sums:
+    def _of_rows(cls, rows: Rows, codes: Tensor, grid: SolverGrid) -> _Sums:
         parts, number, columns = codes.shape
         moment = rows.moment
-        cell = grid.cell_of_column(columns, moment.device)
-        count = int(cell[-1]) + 1
-        indicator = torch.nn.functional.one_hot(cell, count).to(moment)  # [d, cells]
-        e_moment = indicator.T @ moment  # [cells, d]
+        group_of_column = grid.group_of_column(columns, moment.device)
+        count = int(group_of_column[-1]) + 1
+        indicator = torch.nn.functional.one_hot(group_of_column, count).to(moment)  # [d, groups]
+        e_moment = indicator.T @ moment  # [groups, d]
         weighted = rows.weight @ moment
         qq = moment.new_empty(number, parts, count, parts, count)
         qe = moment.new_empty(number, parts, count, parts, count)
         for group in range(count):
-            inside = cell == group
+            inside = group_of_column == group
             for part in range(parts):
                 ahead = codes[part][:, inside] @ moment[inside]
                 qq[:, part, group] = torch.stack([(ahead * other) @ indicator for other in codes], dim=1)
                 qe[:, part, :, :, group] = ((codes[part] * e_moment[group]) @ indicator)[:, :, None]
-        cells = parts * count
+        groups = parts * count
         return cls(
-            qq=qq.reshape(number, cells, cells),
-            qe=qe.reshape(number, cells, cells),
-            ee=(e_moment @ indicator).repeat(parts, parts).expand(number, cells, cells),
+            qq=qq.reshape(number, groups, groups),
+            qe=qe.reshape(number, groups, groups),
+            ee=(e_moment @ indicator).repeat(parts, parts).expand(number, groups, groups),
             wq=torch.cat([(weighted * part) @ indicator for part in codes], dim=1),
             we=(weighted @ indicator).repeat(1, parts),
         )
@@ -98,30 +97,25 @@ def _fit_free(sums: _Sums, current: Affine) -> Affine:
 
 
 def _fit_zero_points(sums: _Sums, current: Affine, candidates: tuple[int, ...]) -> Affine:
-    """One sweep over the cells, each choosing its zero point given the others, then all scales together."""
+    """One sweep over the groups, each choosing its zero point given the others, then all scales together."""
     scale = current.scale.clone()
     point = torch.round(-current.zero / scale)
-    for cell in range(scale.shape[1]):
+    for group in range(scale.shape[1]):
         others = scale.clone()
-        others[:, cell] = 0
-        best = torch.zeros_like(scale[:, cell])
+        others[:, group] = 0
+        best = torch.zeros_like(scale[:, group])
         for candidate in candidates:
-            # The cell's values are s (q - candidate e); what the other cells leave of the weights is fitted.
-            norm = (
-                sums.qq[:, cell, cell] - 2 * candidate * sums.qe[:, cell, cell] + candidate**2 * sums.ee[:, cell, cell]
-            )
-            cross = (
-                sums.qq[:, cell]
-                - point * sums.qe[:, cell]
-                - candidate * (sums.qe[:, :, cell] - point * sums.ee[:, cell])
-            )
-            target = sums.wq[:, cell] - candidate * sums.we[:, cell] - (cross * others).sum(dim=1)
+            # The group's values are s (q - candidate e); what the other groups leave of the weights is fitted.
+            qq, qe, ee = (each[:, :, group] for each in (sums.qq, sums.qe, sums.ee))
+            norm = qq[:, group] - 2 * candidate * qe[:, group] + candidate**2 * ee[:, group]
+            cross = sums.qq[:, group] - point * sums.qe[:, group] - candidate * (qe - point * ee)
+            target = sums.wq[:, group] - candidate * sums.we[:, group] - (cross * others).sum(dim=1)
             usable = (norm > 0) & (target > 0)
             gain = torch.where(usable, target.square() / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
             better = gain > best
             best = torch.where(better, gain, best)
-            scale[:, cell] = torch.where(better, target / norm, scale[:, cell])
-            point[:, cell] = torch.where(better, candidate, point[:, cell])
+            scale[:, group] = torch.where(better, target / norm, scale[:, group])
+            point[:, group] = torch.where(better, candidate, point[:, group])
     if scale.shape[1] > 1:
         rows, columns = point[:, :, None], point[:, None, :]
         system = sums.qq - columns * sums.qe - rows * sums.qe.mT + rows * columns * sums.ee

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from splitquant_plugins import DecoupleQPass, UniformGrid, manifest_of
-from splitquant_plugins.decoupleq.drift import iter_moments_with_drift, with_drift
-from splitquant_plugins.decoupleq.stages import BlockInputs, stages_of
+from splitquant_plugins.decoupleq.asymmetric_calibration import asymmetric_target, iter_paired_moments
+from splitquant_plugins.decoupleq.capture import BlockInputs
+from splitquant_plugins.decoupleq.layer_order import stages_of
 from splitquant_plugins.errors import InputError
 
 GRID = UniformGrid(2, "affine", "channel")
@@ -58,7 +59,7 @@ def moments(model, batches, layers, changed: nn.Linear, weight: torch.Tensor, ma
     now = BlockInputs(model, model, batches)
     return {
         name: (moment, cross)
-        for name, moment, cross in iter_moments_with_drift(
+        for name, moment, cross in iter_paired_moments(
             now, now.calls, lambda: with_weight(changed, weight), layers, max_bytes
         )
     }
@@ -73,15 +74,15 @@ def test_layers_with_the_same_input_make_a_group():
     ]
 
 
-def test_the_whole_drift_is_the_least_squares_target():
+def test_the_whole_way_leads_to_the_least_squares_target():
     weight = torch.randn(5, 6)
     wanted, found = torch.randn(200, 6).double(), torch.randn(200, 6).double()
     found = wanted + 0.3 * found
     moment, cross = (found.T @ found / 200)[None], (wanted.T @ found / 200)[None]
-    target = with_drift(weight, moment, cross, 1.0, 0.0)
+    target = asymmetric_target(weight, moment, cross, 1.0, 0.0)
     expected = torch.linalg.lstsq(found, wanted @ weight.double().T).solution.T
     torch.testing.assert_close(target.double(), expected, rtol=1e-4, atol=1e-5)
-    halfway = with_drift(weight, moment, cross, 0.5, 0.0)
+    halfway = asymmetric_target(weight, moment, cross, 0.5, 0.0)
     torch.testing.assert_close(halfway, (weight + target) / 2, rtol=1e-4, atol=1e-5)
 
 
@@ -89,7 +90,7 @@ def test_grouped_convolutions_have_a_target_per_group():
     weight = torch.randn(4, 3, 2, 1)
     moment = torch.stack([torch.eye(6), 2 * torch.eye(6)]).double()
     cross = torch.stack([torch.eye(6), torch.eye(6)]).double()
-    target = with_drift(weight, moment, cross, 1.0, 0.0)
+    target = asymmetric_target(weight, moment, cross, 1.0, 0.0)
     assert target.shape == weight.shape
     torch.testing.assert_close(target[:2], weight[:2])
     torch.testing.assert_close(target[2:], weight[2:] / 2)
@@ -123,7 +124,7 @@ def test_layers_that_are_called_otherwise_have_no_pairs():
     assert cross is None
 
 
-def test_drift_brings_the_outputs_nearer():
+def test_it_brings_the_outputs_nearer():
     nearer = 0
     for seed in range(4):
         torch.manual_seed(seed)
@@ -131,11 +132,10 @@ def test_drift_brings_the_outputs_nearer():
         batches = [torch.randn(8, 16, 8) for _ in range(4)]
         unseen = torch.randn(64, 16, 8)
         errors = []
-        for drift in (0.0, 0.5):
+        for part in (0.0, 0.5):
             twin = copy.deepcopy(model)
-            DecoupleQPass(calibration=batches, drift=drift, rounds=1, starts=(1.0,), search_inputs=0).apply(
-                twin, grid=GRID
-            )
+            options = {"rounds": 1, "starts": (1.0,), "search_inputs": 0}
+            DecoupleQPass(calibration=batches, asymmetric_calibration=part, **options).apply(twin, grid=GRID)
             with torch.no_grad():
                 errors.append(float((twin(unseen) - model(unseen)).square().mean()))
         nearer += errors[1] < errors[0]
@@ -166,9 +166,7 @@ def test_blocks_that_change_their_input_see_it_unchanged():
     for _ in range(2):
         (found,) = [
             moment
-            for name, moment, _ in iter_moments_with_drift(
-                inputs, inputs.calls, nullcontext, {"first": block.first}, 2**20
-            )
+            for name, moment, _ in iter_paired_moments(inputs, inputs.calls, nullcontext, {"first": block.first}, 2**20)
         ]
         torch.testing.assert_close(found.matrix[0], (given.T @ given / 40).double(), rtol=1e-5, atol=1e-5)
 
@@ -189,7 +187,7 @@ def test_an_error_in_a_later_block_puts_the_weights_back():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("options", [{}, {"drift": 0.0}, {"tune_blocks": True, "epochs": 1}])
+@pytest.mark.parametrize("options", [{}, {"asymmetric_calibration": 0.0}, {"tune_blocks": True, "epochs": 1}])
 def test_a_language_model_that_keeps_a_cache(options):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

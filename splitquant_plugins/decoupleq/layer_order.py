@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.decoupleq.blocks import Call, capture_inputs, detached, find_blocks
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.passes.calibration import Batches, evaluating, iter_calls, naming_batch, only_input
 
@@ -60,6 +59,27 @@ def stages_of(model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module
     return stages
 
 
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The repeated blocks of a model, in order, with their names.
+
+    These are the children of the nn.ModuleList or nn.Sequential with the most children that contain linear
+    layers (at least two; the first such container of the most). A model without one is a block itself, named
+    "".
+    """
+    best: list[tuple[str, nn.Module]] = []
+    for prefix, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
+        blocks = [
+            (f"{prefix}.{name}" if prefix else name, child)
+            for name, child in module.named_children()
+            if any(isinstance(inner, nn.Linear) for inner in child.modules())
+        ]
+        if len(blocks) > max(len(best), 1):
+            best = blocks
+    return best or [("", model)]
+
+
 def _called(
     model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module]
 ) -> tuple[dict[str, int], dict[str, int]]:
@@ -96,37 +116,3 @@ def _called(
                 model(*args, **kwargs)
             return order, counts
     raise InputError("no calibration batches: the iterable is empty")
-
-
-class BlockInputs(nn.Module):
-    """A block with the calls that the model makes of it, to be replayed; `batches` are the inputs of the replay.
-
-    Only this block's inputs are held, not those of the model's other blocks.
-    """
-
-    def __init__(self, model: nn.Module, block: nn.Module, batches: Batches) -> None:
-        super().__init__()
-        self.block = block
-        self.calls: list[Call] = capture_inputs(model, block, batches)
-        self.masks = list(_masks(model, batches))
-        self.batches = [
-            {"index": index, "attention_mask": mask} if mask is not None else {"index": index}
-            for index, mask in enumerate(self.masks)
-        ]
-
-    def forward(self, index: int, attention_mask: Tensor | None = None) -> Any:
-        """Replay a call; the mask is only for those who collect statistics."""
-        args, kwargs = detached(self.calls[index])
-        return self.block(*args, **kwargs)
-
-
-def _masks(model: nn.Module, batches: Batches) -> Iterator[Tensor | None]:
-    for _, kwargs in iter_calls(model, batches):
-        mask = kwargs.get("attention_mask")
-        yield mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
-
-def names_within(stage: Stage, names: Sequence[str]) -> list[str]:
-    """Names of layers relative to the stage's block."""
-    prefix = f"{stage.name}." if stage.name else ""
-    return [name.removeprefix(prefix) for name in names]

@@ -13,13 +13,15 @@ from splitquant_plugins.decoupleq import (
     BlockOptions,
     QuantizedAffine,
     SolveOptions,
-    ValueGrid,
     block_outputs,
     capture_inputs,
     find_blocks,
-    solve_layer,
     tune_block,
 )
+from splitquant_plugins.decoupleq.alternation import best_state
+from splitquant_plugins.decoupleq.objective import problem_of
+from splitquant_plugins.decoupleq.parts import Parts
+from splitquant_plugins.decoupleq.solver_grid import SolverGrid
 from splitquant_plugins.errors import ConfigError, InputError
 
 
@@ -59,20 +61,23 @@ class Model(nn.Module):
         return x
 
 
-def rounded(block: Block, grid: ValueGrid) -> dict[str, QuantizedAffine]:
+def rounded(block: Block, grid: SolverGrid) -> dict[str, QuantizedAffine]:
     """Quantize the block's linears in place."""
     layers = {}
     for name in ("up", "down"):
         linear = getattr(block, name)
         options = SolveOptions(rounds=1, starts=(1.0,))
-        solution = solve_layer(linear.weight.detach(), torch.eye(linear.in_features), grid, options)
-        linear.weight.data = solution.dequantize()
+        problem = problem_of(linear.weight.detach(), torch.eye(linear.in_features), options.damping)
+        parts = Parts(problem, grid, 1, options)
+        with torch.no_grad():
+            state, _ = best_state(parts, options)
+        linear.weight.data = parts.values(state.codes, state.affine)[0].float()
         layers[name] = QuantizedAffine(
-            solution.codes,
-            solution.scale,
-            solution.zero,
-            cell_of_column=grid.cell_of_column(linear.in_features),
-            trains_zero=grid.zero == "float",
+            state.codes[0].to(torch.int8),
+            state.affine.scale.float(),
+            state.affine.zero.float(),
+            group_of_column=parts.group_of_column,
+            trains_zero=grid.zero == "free",
         )
     return layers
 
@@ -108,10 +113,15 @@ def measured(block: nn.Module, inputs: list[Any], targets: list[Tensor]) -> floa
 
 @pytest.mark.parametrize(
     "grid",
-    [ValueGrid(2), ValueGrid(2, zero="integer"), ValueGrid(2, "group", 4), ValueGrid(2, "tensor", zero="none")],
+    [
+        SolverGrid(0, 3),
+        SolverGrid(0, 3, "integer"),
+        SolverGrid(0, 3, "free", "group", 4),
+        SolverGrid(-1, 1, "none", "tensor"),
+    ],
     ids=str,
 )
-def test_tuning_lowers_the_error_and_keeps_the_codes(grid: ValueGrid, case: Case) -> None:
+def test_tuning_lowers_the_error_and_keeps_the_codes(grid: SolverGrid, case: Case) -> None:
     block, inputs, targets = case
     layers = rounded(block, grid)
     codes = {name: layer.codes.clone() for name, layer in layers.items()}
@@ -147,7 +157,7 @@ def test_the_zero_can_be_tuned_by_itself() -> None:
 
 def test_training_that_never_helps_changes_nothing(case: Case) -> None:
     block, inputs, targets = case
-    layers = rounded(block, ValueGrid(2))
+    layers = rounded(block, SolverGrid(0, 3))
     before = {name: value.clone() for name, value in block.state_dict().items()}
     report = tune_block(block, layers, inputs, targets, BlockOptions(epochs=2, learning_rate=1e3))
     assert report.error_after == report.error_before < min(report.trace)
@@ -157,7 +167,7 @@ def test_training_that_never_helps_changes_nothing(case: Case) -> None:
 
 def test_only_what_is_asked_for_is_trained(case: Case) -> None:
     block, inputs, targets = case
-    layers = rounded(block, ValueGrid(2))
+    layers = rounded(block, SolverGrid(0, 3))
     norm, bias = block.norm.weight.clone(), block.up.bias.clone()
     tune_block(block, layers, inputs, targets, BlockOptions(epochs=2, trains_norms=False))
     assert torch.equal(block.norm.weight, norm)
@@ -169,7 +179,7 @@ def test_only_what_is_asked_for_is_trained(case: Case) -> None:
 
 def test_masked_positions_do_not_count(case: Case) -> None:
     block, inputs, targets = case
-    layers = rounded(block, ValueGrid(2))
+    layers = rounded(block, SolverGrid(0, 3))
     masks = [torch.tensor([[1, 1, 0, 0, 0]] * 4) for _ in inputs]
     spoiled = [target.clone() for target in targets]
     for target in spoiled:
@@ -188,13 +198,13 @@ def test_deterministic(model: Model, batches: list[Tensor]) -> None:
         inputs = capture_inputs(model, block, batches)
         targets = block_outputs(block, inputs)
         torch.manual_seed(number)  # not what the order of the batches depends on
-        found.append(tune_block(block, rounded(block, ValueGrid(2)), inputs, targets, BlockOptions(epochs=3)))
+        found.append(tune_block(block, rounded(block, SolverGrid(0, 3)), inputs, targets, BlockOptions(epochs=3)))
     assert found[0] == found[1]
 
 
 def test_an_exception_leaves_the_block_as_it_was(case: Case) -> None:
     block, inputs, targets = case
-    layers = rounded(block, ValueGrid(2))
+    layers = rounded(block, SolverGrid(0, 3))
     block.train()
     block.up.bias.requires_grad_(False)
     before = {name: value.clone() for name, value in block.state_dict().items()}

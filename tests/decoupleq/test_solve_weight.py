@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitquant_plugins.decoupleq.alternation import SolveOptions
-from splitquant_plugins.decoupleq.backend_grid import target_of
-from splitquant_plugins.decoupleq.on_grid import solve_on_grid
+from splitquant_plugins.decoupleq.solve_weight import solve_weight
 from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.grid import UniformGrid
 
@@ -45,7 +44,7 @@ def error(weight, other, moment):
 @pytest.mark.parametrize("grid", grids(), ids=repr)
 def test_plain_rounding_finds_the_solution_again(grid):
     weight, moment = problem(12, 20, 0)
-    solution = solve_on_grid(weight, [weight], moment, grid, FAST)
+    solution = solve_weight(weight, [weight], moment, grid, FAST)
     # Plain rounding can use one more code on these, where it happens to be right.
     lopsided = getattr(grid, "symmetric_scale", "") == "full" or getattr(grid, "full_range", False)
     assert solution.plain_rows <= (4 if lopsided else 0)
@@ -57,9 +56,7 @@ def test_plain_rounding_finds_the_solution_again(grid):
     if solution.plain_rows:
         return
     # These are the values of the solver's codes, scales and zeros.
-    values = solution.state.affine.values(
-        solution.state.codes[0], target_of(grid, weight.shape).values.cell_of_column(20)
-    )
+    (values,) = solution.solver.values(solution.state.codes, solution.state.affine)
     assert (rounded - values).abs().max() < 0.01
 
 
@@ -77,7 +74,7 @@ def test_never_worse_than_plain_rounding_and_always_what_the_backend_does(seed, 
     if seed % 5 == 0:
         moment = torch.outer(moment[0], moment[0])  # singular
     grid = UniformGrid(2, scheme, granularity, 3 if granularity == "group" else None)
-    solution = solve_on_grid(weight, [weight], moment, grid, FAST)
+    solution = solve_weight(weight, [weight], moment, grid, FAST)
     assert solution.error_after <= solution.error_before * (1 + 1e-9)
     assert torch.equal(grid.quantize_dequantize(solution.floats[0]), solution.rounded[0])
 
@@ -88,8 +85,8 @@ def test_parts_are_solved_for_their_sum(k, granularity):
     grid = UniformGrid(2, "symmetric", granularity, 10 if granularity == "group" else None)
     weight, moment = problem(8, 20, 1)
     parts = [torch.where(weight > 0, weight, 0.0), torch.where(weight > 0, 0.0, weight), torch.zeros_like(weight)][:k]
-    solution = solve_on_grid(weight, parts, moment, grid, FAST)
-    whole = solve_on_grid(weight, [weight], moment, grid, FAST)
+    solution = solve_weight(weight, parts, moment, grid, FAST)
+    whole = solve_weight(weight, [weight], moment, grid, FAST)
     for floats, rounded in zip(solution.floats, solution.rounded, strict=True):
         assert torch.equal(grid.quantize_dequantize(floats), rounded)
     assert solution.error_after == pytest.approx(error(weight, sum(solution.rounded), moment))
@@ -101,7 +98,7 @@ def test_missing_ends_are_put_where_they_cost_least():
     weight = torch.full((1, 8), 0.34)
     weight[0, :4] = torch.tensor([0.3, 0.36, 0.33, 0.35])
     moment = torch.diag(torch.tensor([1e6, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1e-3], dtype=torch.float64))
-    solution = solve_on_grid(weight, [weight], moment, UniformGrid(3, "affine", "channel"), FAST)
+    solution = solve_weight(weight, [weight], moment, UniformGrid(3, "affine", "channel"), FAST)
     assert solution.plain_rows == 0
     assert abs(float(solution.rounded[0][0, 0]) - 0.3) < 1e-3
     assert solution.error_after <= solution.error_before
@@ -110,7 +107,7 @@ def test_missing_ends_are_put_where_they_cost_least():
 def test_too_many_sums_are_refused_by_name():
     weight, moment = problem(2, 4, 0)
     with pytest.raises(ConfigError, match=r"head: 2 parts of 8 bits"):
-        solve_on_grid(weight, [weight, weight], moment, UniformGrid(8), FAST, name="head")
+        solve_weight(weight, [weight, weight], moment, UniformGrid(8), FAST, name="head")
 
 
 def test_a_convolution_with_groups():
@@ -119,9 +116,9 @@ def test_a_convolution_with_groups():
     x = torch.randn(2, 100, 18)
     moment = (x.mT @ x / 100).double()
     grid = UniformGrid(2, "affine", "channel")
-    solution = solve_on_grid(weight, [weight], moment, grid, FAST)
+    solution = solve_weight(weight, [weight], moment, grid, FAST)
     assert solution.floats[0].shape == weight.shape
     assert solution.error_after < 0.8 * solution.error_before
     # Each half of the rows is solved for its own inputs.
-    alone = solve_on_grid(weight[3:], [weight[3:]], moment[1], grid, FAST)
+    alone = solve_weight(weight[3:], [weight[3:]], moment[1], grid, FAST)
     assert torch.equal(alone.rounded[0], solution.rounded[0][3:])

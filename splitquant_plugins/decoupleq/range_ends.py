@@ -1,54 +1,52 @@
-"""Putting the end codes that a backend needs into every cell, where they cost least."""
+"""Putting the codes that a backend takes its range from into every group, where they cost least."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from splitquant_plugins.decoupleq.alternation import State
-from splitquant_plugins.decoupleq.backend_grid import Target
-from splitquant_plugins.decoupleq.joint import Parts
+from splitquant_plugins.decoupleq.parts import Parts, State
 
 _ROUNDS = 3
 
 
-def with_ends(parts: Parts, state: State, target: Target) -> State:
-    """The best state found whose cells hold the end codes that `target` asks for.
+def with_range_ends(parts: Parts, state: State) -> State:
+    """The best state found whose groups hold the range ends that the grid asks for.
 
-    Missing ends are put where they raise the error least; then the other codes, scales and zeros adapt. Cells too
-    small for their ends go without.
+    Missing ends are put where they raise the error least; then the other codes, scales and zeros adapt. Groups
+    too small for their ends go without.
     """
     best: State | None = None
     for _ in range(_ROUNDS):
-        pinned, frozen = _pinned(parts, state, target)
+        pinned, frozen = _pinned(parts, state)
         pinned = parts.descended(pinned, frozen)
-        best = pinned if best is None else best.or_better(pinned, parts.shared)
+        best = pinned if best is None else best.or_better(pinned, parts.grid.per_tensor)
         state = parts.refitted(pinned)
-        if torch.equal(_points(parts, state), _points(parts, pinned)):
-            best = best.or_better(state, parts.shared)
+        if torch.equal(_zero_points(parts, state), _zero_points(parts, pinned)):
+            best = best.or_better(state, parts.grid.per_tensor)
     assert best is not None
     return best
 
 
-def _points(parts: Parts, state: State) -> Tensor:
+def _zero_points(parts: Parts, state: State) -> Tensor:
     return torch.round(-state.affine.zero / state.affine.scale)
 
 
-def _pinned(parts: Parts, state: State, target: Target) -> tuple[State, Tensor]:
+def _pinned(parts: Parts, state: State) -> tuple[State, Tensor]:
     """The state with all ends in place, and the mask [out, d] of one place for each."""
     pins = _Pins(parts, state)
-    points = _points(parts, state)
+    points = _zero_points(parts, state)
     count = points.shape[1] // parts.k
-    for cell in range(count):
-        columns = (parts.cells == cell).nonzero().flatten()
+    for group in range(count):
+        columns = (parts.group_of_column == group).nonzero().flatten()
         for part in range(parts.k):
-            point = points[:, part * count + cell].expand(len(pins.frozen))
+            point = points[:, part * count + group].expand(len(pins.frozen))
             codes = pins.codes[part][:, columns]
-            # A cell of nothing but zeros is a cell of zeros to the backend too.
+            # A group of nothing but zeros is a group of zeros to the backend too.
             zeros = (codes == point[:, None]).all(dim=1)
-            for end in target.ends:
-                needed = target.needed(end, point) & ~zeros
-                if parts.shared:
+            for end in parts.grid.range_ends:
+                needed = parts.grid.needs_end(end, point) & ~zeros
+                if parts.grid.per_tensor:
                     needed = needed.any().expand_as(needed) if bool((~zeros).any()) else torch.zeros_like(needed)
                 pins.place(part, columns, end, needed)
     return parts.state(pins.codes, state.affine), pins.frozen
@@ -74,7 +72,7 @@ class _Pins:
         """Freeze one code out of `end` in these columns of each row (of the tensor) where it is needed."""
         allowed = torch.tensor(end, dtype=self.codes.dtype, device=self.codes.device)
         present = torch.isin(self.codes[part][:, columns], allowed) & needed[:, None]
-        if self.parts.shared:
+        if self.parts.grid.per_tensor:
             if bool(present.any()):
                 row, first = divmod(int(present.flatten().byte().argmax()), len(columns))
                 self.frozen[row, columns[first]] = True
@@ -100,8 +98,8 @@ class _Pins:
         """What it costs [rows, columns] to have an allowed code there, and with which combination of all codes."""
         combinations = self.parts.combinations
         usable = torch.isin(combinations[:, part], allowed).nonzero().flatten()
-        cell = int(self.parts.cells[columns[0]])
-        scale, zero = self._of_cell(cell, rows)
+        group = int(self.parts.group_of_column[columns[0]])
+        scale, zero = self._of_group(group, rows)
         sums, order = (scale @ combinations[usable].T + zero.sum(dim=1, keepdim=True)).sort(dim=1)
         place = (rows[:, None], columns[None, :])
         diagonal, gradient, now = self.diagonal[place], self.gradient[place], self.values[place]
@@ -111,11 +109,11 @@ class _Pins:
         costs = 2 * step * gradient + step.square() * diagonal
         return costs.masked_fill(self.frozen[place], torch.inf), usable[order.gather(1, found)]
 
-    def _of_cell(self, cell: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales and zeros of the parts in a cell, each [rows, k]."""
+    def _of_group(self, group: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zeros of the parts in a group, each [rows, k]."""
         index = torch.zeros_like(rows) if len(self.affine.scale) == 1 else rows
         shape = (len(rows), self.parts.k, -1)
-        return tuple(each[index].reshape(shape)[:, :, cell] for each in (self.affine.scale, self.affine.zero))  # type: ignore[return-value]
+        return tuple(each[index].reshape(shape)[:, :, group] for each in (self.affine.scale, self.affine.zero))  # type: ignore[return-value]
 
     def _set(self, rows: Tensor, columns: Tensor, combos: Tensor) -> None:
         """Set one place of each of these rows to a combination of codes, and freeze it."""
@@ -136,5 +134,5 @@ class _Pins:
             affine = self.parts.affine_of(self.affine, part)
             if rows is not None and len(affine.scale) > 1:
                 affine = type(affine)(affine.scale[rows], affine.zero[rows])
-            total += affine.values(codes[part], self.parts.cells)
+            total += affine.values(codes[part], self.parts.group_of_column)
         return total

@@ -15,22 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from splitquant_plugins.decoupleq.capture import Call, detached, output_tensor
 from splitquant_plugins.errors import ConfigError, InputError
-from splitquant_plugins.passes.calibration import Batches, evaluating, iter_calls, naming_batch
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+from splitquant_plugins.passes.calibration import evaluating
 
 
 class QuantizedAffine(nn.Module):
     """A weight scale * code + zero with trainable scale and zero, of a given shape.
 
-    `codes`: [out, d] integers; `scale`, `zero`: [out or 1, cells], where `cell_of_column` [d] is the cell of
-    each column (all in cell 0 if absent). `shape` is that of the layer's weight (default: that of `codes`);
+    `codes`: [out, d] integers; `scale`, `zero`: [out or 1, groups], where `group_of_column` [d] is the group of
+    each column (all in group 0 if absent). `shape` is that of the layer's weight (default: that of `codes`);
     `trains_zero=False` keeps the zero in its ratio to the scale, as an integer zero point (or 0) needs it.
     """
 
     codes: Tensor
-    cell_of_column: Tensor
+    group_of_column: Tensor
     ratio: Tensor
 
     def __init__(
@@ -39,15 +38,15 @@ class QuantizedAffine(nn.Module):
         scale: Tensor,
         zero: Tensor,
         *,
-        cell_of_column: Tensor | None = None,
+        group_of_column: Tensor | None = None,
         shape: Sequence[int] | None = None,
         trains_zero: bool = True,
     ) -> None:
         super().__init__()
-        if cell_of_column is None:
-            cell_of_column = torch.zeros(codes.shape[1], dtype=torch.int64, device=codes.device)
+        if group_of_column is None:
+            group_of_column = torch.zeros(codes.shape[1], dtype=torch.int64, device=codes.device)
         self.register_buffer("codes", codes)
-        self.register_buffer("cell_of_column", cell_of_column)
+        self.register_buffer("group_of_column", group_of_column)
         self.register_buffer("ratio", zero / scale)
         self.shape = torch.Size(shape if shape is not None else codes.shape)
         self.scale = nn.Parameter(scale.detach().clone())
@@ -56,8 +55,8 @@ class QuantizedAffine(nn.Module):
     def forward(self) -> Tensor:
         """The weight."""
         zero = self.scale * self.ratio if self.zero is None else self.zero
-        cells = self.cell_of_column
-        values = self.codes.to(self.scale.dtype) * self.scale[:, cells] + zero[:, cells]
+        groups = self.group_of_column
+        values = self.codes.to(self.scale.dtype) * self.scale[:, groups] + zero[:, groups]
         return values.reshape(self.shape)
 
 
@@ -137,77 +136,6 @@ def tune_block(
             parameter.requires_grad_(requires_grad[name])
             parameter.grad = None
     return report
-
-
-def output_tensor(output: Any) -> Tensor:
-    """The tensor that a block's output is compared by: itself, the first of a tuple, or of an HF output."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        output = tuple(output.values())
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        return output[0]
-    raise InputError(f"a block returned {type(output).__name__}: expected a tensor, or a tuple starting with one")
-
-
-class _BlockReached(Exception):  # noqa: N818 - control flow, not a failure
-    pass
-
-
-def capture_inputs(model: nn.Module, block: nn.Module, batches: Batches) -> list[Call]:
-    """The (args, kwargs) with which the model calls `block` on each batch, detached.
-
-    Each forward pass is ended once the block is reached, so that only this block's inputs are held. Accepts
-    batches as `calibration.iter_second_moments` does. Raises InputError if the model never calls the block.
-    """
-    calls: list[Call] = []
-
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(detached((args, _without_cache(kwargs))))
-        raise _BlockReached
-
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        with evaluating(model), torch.no_grad():
-            for number, (args, kwargs) in enumerate(iter_calls(model, batches), start=1):
-                try:
-                    with naming_batch(number, model):
-                        model(*args, **kwargs)
-                except _BlockReached:
-                    continue
-                raise InputError("the model did not call the block whose inputs were to be captured")
-    finally:
-        handle.remove()
-    if not calls:
-        raise InputError("no calibration batches: the iterable is empty (or a one-shot iterator was used up)")
-    return calls
-
-
-def block_outputs(block: nn.Module, inputs: Sequence[Call]) -> list[Tensor]:
-    """The block's output for each call, detached; from the float block these are `tune_block`'s targets."""
-    with evaluating(block), torch.no_grad():
-        return [output_tensor(block(*args, **kwargs)).clone() for args, kwargs in map(detached, inputs)]
-
-
-def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The repeated blocks of a model, in order, with their names.
-
-    These are the children of the nn.ModuleList or nn.Sequential with the most children that contain linear
-    layers (at least two; the first such container of the most). A model without one is a block itself, named
-    "".
-    """
-    best: list[tuple[str, nn.Module]] = []
-    for prefix, module in model.named_modules():
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
-            continue
-        blocks = [
-            (f"{prefix}.{name}" if prefix else name, child)
-            for name, child in module.named_children()
-            if any(isinstance(inner, nn.Linear) for inner in child.modules())
-        ]
-        if len(blocks) > max(len(best), 1):
-            best = blocks
-    return best or [("", model)]
 
 
 def _train(
@@ -303,24 +231,6 @@ def _square_error(output: Tensor, target: Tensor, mask: Tensor | None) -> tuple[
     if mask is not None and difference.shape[: mask.ndim] == mask.shape:
         difference = difference[mask.to(difference.device) != 0]
     return difference.square().mean(), difference.numel()
-
-
-def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments without a cache of keys and values, which every replay would add to."""
-    none = {key: None for key in ("past_key_value", "past_key_values") if key in kwargs}
-    return {**kwargs, **none, **({"use_cache": False} if "use_cache" in kwargs else {})}
-
-
-def detached(value: Any) -> Any:
-    """A copy of arguments, so that what changes its inputs in place does not change what is replayed."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: detached(item) for key, item in value.items()}
-    # Not named tuples and other subclasses: their constructors differ.
-    if type(value) in (tuple, list):
-        return type(value)(detached(item) for item in value)
-    return value
 
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

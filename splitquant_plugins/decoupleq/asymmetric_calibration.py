@@ -1,8 +1,8 @@
-"""What the layers before have lost, and how a layer makes up for it.
+"""Asymmetric calibration: what the layers before have lost, and how a layer makes up for it.
 
 Let x be the inputs that the float model gives a layer, and x̂ those that it gets behind solved layers. Its outputs
 should be W x, and are Ŵ x̂. The mean square error of that is, but for a constant, tr((Ŵ - T) H (Ŵ - T)ᵀ) with H the
-mean of x̂ x̂ᵀ, C that of x x̂ᵀ, and T = W C H⁻¹ in the place of W (asymmetric calibration; GPTAQ, arXiv 2504.02692).
+mean of x̂ x̂ᵀ, C that of x x̂ᵀ, and T = W C H⁻¹ in the place of W (GPTAQ, arXiv 2504.02692).
 T is estimated from few inputs and by layers that are solved one by one, so only a part of the way from W to T is gone.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.decoupleq.blocks import Call, detached
+from splitquant_plugins.decoupleq.capture import Call, detached
 from splitquant_plugins.decoupleq.objective import prepared_moment
 from splitquant_plugins.passes.calibration import (
     RunningMean,
@@ -28,10 +28,10 @@ from splitquant_plugins.passes.calibration import (
 )
 
 if TYPE_CHECKING:
-    from splitquant_plugins.decoupleq.stages import BlockInputs
+    from splitquant_plugins.decoupleq.capture import BlockInputs
 
 
-def iter_moments_with_drift(
+def iter_paired_moments(
     now: BlockInputs,
     before: Sequence[Call],
     float_values: Callable[[], AbstractContextManager[Any]],
@@ -68,7 +68,7 @@ def iter_moments_with_drift(
             yield name, SecondMoment(mean.matrix, mean.samples), None if name in unlike else pair.matrix
 
 
-def with_drift(weight: Tensor, moment: Tensor, cross: Tensor, part: float, damping: float) -> Tensor:
+def asymmetric_target(weight: Tensor, moment: Tensor, cross: Tensor, part: float, damping: float) -> Tensor:
     """The weight [out, ...] moved by `part` of the way to T = W C H⁻¹, with H damped as for the solution.
 
     `moment` and `cross` are H and C, [groups, d, d], with the mean taken over the same inputs.

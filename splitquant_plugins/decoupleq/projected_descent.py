@@ -16,12 +16,12 @@ def projected_codes(
     """Relax the codes to real numbers in their range, then fix them run by run of columns.
 
     After each run of columns is rounded, the others are adjusted by `inner_steps` of gradient descent, each
-    followed by a projection onto the code range. Columns go in order of falling diagonal of H. Layout as in
-    `rounding`. The paper uses Adam and fixes single columns; here the descent is accelerated (Nesterov) with
+    followed by a projection onto the range of codes. Columns go in order of falling diagonal of H. Layout as in
+    `solvers.gptq`. The paper uses Adam and fixes single columns; here the descent is accelerated (Nesterov) with
     the inverse of the largest eigenvalue of H as step length, which needs no learning rate.
     """
     everywhere = slice(None)
-    low, high = (levels.scale * bound + levels.zero for bound in levels.code_range)
+    low, high = (levels.scale * bound + levels.zero for bound in (levels.quant_min, levels.quant_max))
     length = 1 / torch.linalg.matrix_norm(moment, 2)
     free = torch.ones(len(target), 1, dtype=torch.bool, device=target.device)
 

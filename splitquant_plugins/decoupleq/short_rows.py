@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from splitquant_plugins.decoupleq.grids import ValueGrid
 from splitquant_plugins.decoupleq.objective import Rows
+from splitquant_plugins.decoupleq.solver_grid import SolverGrid
 
 _RESTARTS = 16
 _RESTART_ROUNDS = 6
@@ -33,7 +33,7 @@ _MOST_CODES = 1 << 16
 _GAINS = 1 << 21
 
 
-def searched_codes(problem: Sequence[Rows], codes: Tensor, grid: ValueGrid, seed: int) -> Tensor:
+def searched_codes(problem: Sequence[Rows], codes: Tensor, grid: SolverGrid, seed: int) -> Tensor:
     """Codes [rows, d] at least as good as the given ones, each row with a scale and zero of its own.
 
     The best of all codes where these are few enough to try. Otherwise first the best change of one or two
@@ -47,15 +47,14 @@ def searched_codes(problem: Sequence[Rows], codes: Tensor, grid: ValueGrid, seed
         best = codes[start : start + len(rows.weight)]
         start += len(rows.weight)
         search = _Search.of(rows.moment, grid)
-        if (search.high - search.low + 1) ** codes.shape[1] <= _MOST_CODES:
+        if (search.quant_max - search.quant_min + 1) ** codes.shape[1] <= _MOST_CODES:
             found.append(search.best_of_all(rows.weight))
             continue
         best, gain = search.climbed(rows.weight, best)
         for _ in range(_RESTART_ROUNDS):
             copies = best.repeat_interleave(_RESTARTS, dim=0)
-            drawn = torch.randint(search.low, search.high + 1, copies.shape, generator=generator, device="cpu").to(
-                copies
-            )
+            codes_end = search.quant_max + 1
+            drawn = torch.randint(search.quant_min, codes_end, copies.shape, generator=generator).to(copies)
             keep = torch.rand(copies.shape, generator=generator) >= _CHANGED
             copies = torch.where(keep.to(copies.device), copies, drawn)
             weight = rows.weight.repeat_interleave(_RESTARTS, dim=0)
@@ -74,21 +73,21 @@ class _Search:
 
     moment: Tensor
     points: tuple[int, ...]
-    low: int
-    high: int
+    quant_min: int
+    quant_max: int
 
     @classmethod
-    def of(cls, moment: Tensor, grid: ValueGrid) -> _Search:
+    def of(cls, moment: Tensor, grid: SolverGrid) -> _Search:
         points = grid.zero_points
-        if grid.zero == "float":
+        if grid.zero == "free":
             # Least squares over the zero: what is left is orthogonal to ones.
             ones = moment.sum(dim=0)
             moment, points = moment - torch.outer(ones, ones) / ones.sum(), (0,)
-        return cls(moment, points, *grid.code_range)
+        return cls(moment, points, grid.quant_min, grid.quant_max)
 
     def best_of_all(self, weight: Tensor) -> Tensor:
         """The codes of greatest gain, [n, d], found by trying all."""
-        every = torch.arange(self.low, self.high + 1, dtype=weight.dtype, device=weight.device)
+        every = torch.arange(self.quant_min, self.quant_max + 1, dtype=weight.dtype, device=weight.device)
         codes = torch.cartesian_prod(*[every] * weight.shape[1]).reshape(-1, weight.shape[1])
         square, line = (codes @ self.moment * codes).sum(1), codes @ self.moment.sum(dim=0)
         best = []
@@ -130,18 +129,18 @@ class _Search:
         """All changes of one code, and all of two codes by one each: [moves, d]."""
         width = codes.shape[1]
         unit = torch.eye(width, dtype=codes.dtype, device=codes.device)
-        span = self.high - self.low
+        span = self.quant_max - self.quant_min
         single = [step * unit for step in range(-span, span + 1) if step]
         first, second = torch.triu_indices(width, width, 1, device=codes.device)
         pairs = [a * unit[first] + b * unit[second] for a in (-1, 1) for b in (-1, 1)]
         return torch.cat([*single, *pairs])
 
     def _outside(self, codes: Tensor, moves: Tensor) -> Tensor:
-        """Which moves leave the code range, [n, moves]."""
+        """Which moves leave the range of codes, [n, moves]."""
         outside = torch.zeros(len(codes), len(moves), dtype=torch.bool, device=codes.device)
         for column in range(codes.shape[1]):
             after = codes[:, column, None] + moves[:, column]
-            outside |= (after > self.high) | (after < self.low)
+            outside |= (after > self.quant_max) | (after < self.quant_min)
         return outside
 
     def _gain(self, square: Tensor, line: Tensor, cross: Tensor, target: Tensor) -> Tensor:

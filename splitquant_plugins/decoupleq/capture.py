@@ -1,0 +1,110 @@
+"""What a model gives to one of its blocks, kept to be replayed, and what the block makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from splitquant_plugins.errors import InputError
+from splitquant_plugins.passes.calibration import Batches, evaluating, iter_calls, naming_batch
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class BlockInputs(nn.Module):
+    """A block with the calls that the model makes of it, to be replayed; `batches` are the inputs of the replay.
+
+    Only this block's inputs are held, not those of the model's other blocks.
+    """
+
+    def __init__(self, model: nn.Module, block: nn.Module, batches: Batches) -> None:
+        super().__init__()
+        self.block = block
+        self.calls: list[Call] = capture_inputs(model, block, batches)
+        self.masks = list(_masks(model, batches))
+        self.batches = [
+            {"index": index, "attention_mask": mask} if mask is not None else {"index": index}
+            for index, mask in enumerate(self.masks)
+        ]
+
+    def forward(self, index: int, attention_mask: Tensor | None = None) -> Any:
+        """Replay a call; the mask is only for those who collect statistics."""
+        args, kwargs = detached(self.calls[index])
+        return self.block(*args, **kwargs)
+
+
+def _masks(model: nn.Module, batches: Batches) -> Iterator[Tensor | None]:
+    for _, kwargs in iter_calls(model, batches):
+        mask = kwargs.get("attention_mask")
+        yield mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+class _BlockReached(Exception):  # noqa: N818 - control flow, not a failure
+    pass
+
+
+def capture_inputs(model: nn.Module, block: nn.Module, batches: Batches) -> list[Call]:
+    """The (args, kwargs) with which the model calls `block` on each batch, detached.
+
+    Each forward pass is ended once the block is reached, so that only this block's inputs are held. Accepts
+    batches as `calibration.iter_second_moments` does. Raises InputError if the model never calls the block.
+    """
+    calls: list[Call] = []
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(detached((args, _without_cache(kwargs))))
+        raise _BlockReached
+
+    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with evaluating(model), torch.no_grad():
+            for number, (args, kwargs) in enumerate(iter_calls(model, batches), start=1):
+                try:
+                    with naming_batch(number, model):
+                        model(*args, **kwargs)
+                except _BlockReached:
+                    continue
+                raise InputError("the model did not call the block whose inputs were to be captured")
+    finally:
+        handle.remove()
+    if not calls:
+        raise InputError("no calibration batches: the iterable is empty (or a one-shot iterator was used up)")
+    return calls
+
+
+def block_outputs(block: nn.Module, inputs: Sequence[Call]) -> list[Tensor]:
+    """The block's output for each call, detached; from the float block these are `tune_block`'s targets."""
+    with evaluating(block), torch.no_grad():
+        return [output_tensor(block(*args, **kwargs)).clone() for args, kwargs in map(detached, inputs)]
+
+
+def output_tensor(output: Any) -> Tensor:
+    """The tensor that a block's output is compared by: itself, the first of a tuple, or of an HF output."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        return output[0]
+    raise InputError(f"a block returned {type(output).__name__}: expected a tensor, or a tuple starting with one")
+
+
+def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments without a cache of keys and values, which every replay would add to."""
+    none = {key: None for key in ("past_key_value", "past_key_values") if key in kwargs}
+    return {**kwargs, **none, **({"use_cache": False} if "use_cache" in kwargs else {})}
+
+
+def detached(value: Any) -> Any:
+    """A copy of arguments, so that what changes its inputs in place does not change what is replayed."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: detached(item) for key, item in value.items()}
+    # Not named tuples and other subclasses: their constructors differ.
+    if type(value) in (tuple, list):
+        return type(value)(detached(item) for item in value)
+    return value

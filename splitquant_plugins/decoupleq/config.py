@@ -1,0 +1,88 @@
+"""The options of DecoupleQPass, validated."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from splitquant_plugins.config import validated
+from splitquant_plugins.decoupleq.alternation import SolveOptions
+from splitquant_plugins.decoupleq.block_tuning import BlockOptions
+from splitquant_plugins.errors import ConfigError, SplitQuantWarning
+from splitquant_plugins.grid import Granularity, Grid, Scheme, UniformGrid
+
+_DEFAULT_BITS = 2
+# Keywords of DecoupleQPass that are not of its configuration.
+_OTHER_KEYWORDS = ("calibration", "calibration_bytes", "progress", "resume_dir")
+
+
+class DecoupleQConfig(BaseModel):
+    """Options of DecoupleQPass."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    bits: int | None = Field(None, ge=2, le=8, description="bits per code; None: the recipe's, or 2")
+    granularity: Granularity | None = Field(None, description="what shares a scale; None: the recipe's, or channel")
+    group_size: int | None = Field(None, ge=1, description="inputs that share a scale; None: the recipe's")
+    scheme: Scheme | None = Field(None, description="affine or symmetric; None: the recipe's, or affine")
+    include: tuple[str, ...] = Field((), description="shell patterns of layer names; empty: all layers")
+    exclude: tuple[str, ...] = Field((), description="shell patterns of layer names that keep plain rounding")
+    sequential: bool = Field(True, description="solve layers in order, each on inputs that the solved ones make")
+    asymmetric_calibration: float = Field(
+        0.5, ge=0, le=1, description="with sequential: part of what the layers before lost that a layer makes up for"
+    )
+    tune_blocks: bool = Field(False, description="then train scales, zeros and norms of each block")
+    tune_norms: bool = Field(True, description="with tune_blocks: train the norms' parameters too")
+    tune_biases: bool = Field(False, description="with tune_blocks: train the layers' biases too")
+    epochs: int = Field(8, ge=0, description="with tune_blocks: passes over the batches")
+    learning_rate: float = Field(1e-3, gt=0, description="with tune_blocks: relative to scales, absolute for the rest")
+    damping: float = Field(0.01, ge=0, description="part of the mean diagonal of H that is added to its diagonal")
+    rounding: Literal["gptq", "projected"] = Field("gptq", description="how codes are chosen for given scales")
+    rounds: int = Field(4, ge=0, description="most alternations of codes and scales per start")
+    starts: tuple[float, ...] = Field((1.0, 0.85, 1.2), description="first ranges, as factors of the best plain one")
+    sweeps: int = Field(4, ge=0, description="sweeps of coordinate descent after each rounding")
+    search_inputs: int = Field(10, ge=0, description="rows of at most so many weights are searched more widely")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="of the search, and of the order of training batches")
+
+    def grid(self, given: Grid | None) -> Grid:
+        """Return the recipe's grid, or without one the plain grid of these options; ConfigError where they differ."""
+        wanted = {"bits": self.bits, "granularity": self.granularity, "scheme": self.scheme}
+        if given is None:
+            granularity = self.granularity or ("channel" if self.group_size is None else "group")
+            return UniformGrid(self.bits or _DEFAULT_BITS, self.scheme or "affine", granularity, self.group_size)
+        # A backend that sets the group size by the shape of the weight says None.
+        wanted["group_size"] = self.group_size
+        for option, value in wanted.items():
+            if value is not None and value != getattr(given, option):
+                raise ConfigError(
+                    f"DecoupleQPass({option}={value!r}), but the recipe rounds to a grid with {option}="
+                    f"{getattr(given, option)!r}: leave the option out, or change the recipe"
+                )
+        return given
+
+    def solve_options(self) -> SolveOptions:
+        """Options of the layer stage."""
+        return SolveOptions(**{key: value for key, value in self if key in SolveOptions.__dataclass_fields__})
+
+    def block_options(self) -> BlockOptions:
+        """Options of the block stage."""
+        return BlockOptions(self.learning_rate, self.epochs, self.tune_norms, self.tune_biases, self.seed)
+
+
+def decoupleq_config(options: dict[str, Any]) -> DecoupleQConfig:
+    """Validate keyword options of DecoupleQPass; `drift` is the former name of `asymmetric_calibration`."""
+    if "drift" in options:
+        warnings.warn(
+            "DecoupleQPass: the option drift is called asymmetric_calibration now; the old name goes with the next "
+            "release",
+            SplitQuantWarning,
+            stacklevel=3,
+        )
+        options = {"asymmetric_calibration": options["drift"], **options}
+        del options["drift"]
+    config: DecoupleQConfig = validated(DecoupleQConfig, options, "DecoupleQPass", _OTHER_KEYWORDS)
+    config.grid(None)  # checks that granularity and group_size go together
+    config.solve_options()
+    return config
