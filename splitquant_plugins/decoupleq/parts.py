@@ -19,7 +19,6 @@ from splitquant_plugins.decoupleq.projected_descent import projected_codes
 from splitquant_plugins.decoupleq.scales_and_zeros import fit_affine
 from splitquant_plugins.decoupleq.solver_grid import Affine, SolverGrid, group_ranges
 from splitquant_plugins.solvers.gptq import AffineLevels, TableLevels, descend, feedback_codes
-from splitquant_plugins.solvers.sums_of_codes import combinations, sums_of_codes
 
 if TYPE_CHECKING:
     from splitquant_plugins.decoupleq.alternation import SolveOptions
@@ -69,7 +68,8 @@ class Parts:
         self.weight = torch.cat([rows.weight for rows in problem])
         self.group_of_column = grid.group_of_column(self.weight.shape[1], self.weight.device)
         codes = torch.arange(grid.quant_min, grid.quant_max + 1, dtype=torch.float64, device=self.weight.device)
-        self.combinations = combinations(codes, k)
+        # [sums, k]: every choice of k codes.
+        self.combinations = torch.cartesian_prod(*[codes] * k).reshape(-1, k)
 
     def affine_of(self, affine: Affine, part: int) -> Affine:
         """Scales and zeros of one part."""
@@ -164,9 +164,8 @@ class Parts:
     def _table(self, affine: Affine) -> tuple[Tensor, Tensor]:
         """All sums, ascending, and the combination of codes of each: [groups, rows or 1, sums]."""
         scale, zero = (each.reshape(len(each), self.k, -1).permute(2, 0, 1) for each in (affine.scale, affine.zero))
-        codes = self.combinations[: self.grid.number_of_codes, -1]
-        values = scale[..., None] * codes + zero[..., None]
-        ordered = sums_of_codes(values.flatten(0, 1)).reshape(*scale.shape[:2], -1).sort(dim=2, stable=True)
+        sums = scale @ self.combinations.T + zero.sum(dim=2, keepdim=True)
+        ordered = sums.sort(dim=2, stable=True)
         return ordered.values, ordered.indices
 
 
