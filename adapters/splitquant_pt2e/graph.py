@@ -26,9 +26,10 @@ from splitquant_plugins.passes.select import (
 from splitquant_plugins.passes.split_layer import SplitTensors, check_split
 from splitquant_plugins.plan import Skip
 from splitquant_pt2e.annotation import input_spec, redirect_all, resolved
+from splitquant_pt2e.integer_sums import INTEGER_NOTE, give_sums_scales, output_spec, weighed, writes_integers
 from splitquant_pt2e.layers import NAME, LayerCall, innermost_module, layer_calls, layer_name, layer_plan, tensor_of
 from splitquant_pt2e.observed_grid import grid_of_spec
-from splitquant_pt2e.parallel_parts import Moves, PartStore, replace_call
+from splitquant_pt2e.parallel_parts import Moves, PartStore, SplitCall, replace_call
 
 if TYPE_CHECKING:
     from splitquant_plugins.config import SplitConfig
@@ -78,10 +79,18 @@ def split_graph(
         layer.name: check_split(layer.name, layer.plan, tensors)
         for layer, tensors in split_pass.split_layers(model, chosen, grids.get)
     }
+    if not any(tensors.reason is None for tensors in split.values()):
+        raise InputError(_nothing_split([_record(layer, split.get(layer.name), split_pass) for layer in layers]))
+    integers = annotated and any(writes_integers(call) for layer in layers for call in layer.calls)
+    if integers:
+        weights = {layer.name: layer.plan.weight for layer in chosen}
+        specs = {layer.name: output_spec(layer.calls[0].node) for layer in chosen}
+        split = weighed(split, weights, grids, specs, split_pass.config.splitter)
     records = [_record(layer, split.get(layer.name), split_pass) for layer in layers]
-    if not any(record.action == "split" for record in records):
-        raise InputError(_nothing_split(records))
-    _rewrite(model, [(layer, split[layer.name]) for layer in chosen if split[layer.name].reason is None])
+    calls = _rewrite(model, [(layer, split[layer.name]) for layer in chosen if split[layer.name].reason is None])
+    if integers:
+        give_sums_scales(calls)
+        manifest.notes.append(INTEGER_NOTE)
     if split_pass.config.activations:
         from splitquant_pt2e.activations import split_activations
 
@@ -230,8 +239,9 @@ def _nothing_split(records: Sequence[LayerRecord]) -> str:
     return f"no layer of the graph was split ({reasons}{'; …' if len(records) > 3 else ''})"
 
 
-def _rewrite(model: GraphModule, layers: Sequence[tuple[GraphLayer, SplitTensors]]) -> None:
+def _rewrite(model: GraphModule, layers: Sequence[tuple[GraphLayer, SplitTensors]]) -> list[SplitCall]:
     store, moves = PartStore(model), Moves()
+    made: list[SplitCall] = []
     weights: dict[str, list[str | None]] = {}
     for layer, tensors in layers:
         k = len(tensors.weight)
@@ -243,11 +253,13 @@ def _rewrite(model: GraphModule, layers: Sequence[tuple[GraphLayer, SplitTensors
         for call in layer.calls:
             weight_nodes = [store.read(call.weight, i, target) for i, target in enumerate(weights[owner])]
             bias_nodes = [None if call.bias is None else store.read(call.bias, i, t) for i, t in enumerate(biases)]
-            replace_call(model, call, layer.name, [w for w in weight_nodes if w is not None], bias_nodes, moves)
+            kept = [node for node in weight_nodes if node is not None]
+            made.append(replace_call(model, call, layer.name, kept, bias_nodes, moves))
     redirect_all(model, moves)
     _delete_unused(
         model, [node for layer, _ in layers for call in layer.calls for node in (call.weight, call.bias) if node]
     )
+    return made
 
 
 def _delete_unused(model: GraphModule, nodes: Sequence[Any]) -> None:

@@ -152,12 +152,14 @@ def _grid(spec: Any, axis: int) -> Grid:
     if not torch.equal(once[0], _answer(again)[0]):
         raise CannotAskError("its observer answers differently when it sees the same weight again")
     granularity: Granularity = "tensor" if own is None else "channel"
-    if dimension in (None, 0):
-        for grid in _closed_forms(lowest, highest, granularity, float(scale[0])):
-            like_scale, like_zero_point = grid.qparams(probes)
-            if torch.equal(like_scale, scale) and torch.equal(like_zero_point, zero_point):
-                return grid
     scheme: Scheme = "symmetric" if bool((zero_point == zero_point[0]).all()) else "affine"
+    # unsigned codes may be symmetric around a code in the middle: count them from there
+    middle = zero_point[0] if scheme == "symmetric" else torch.zeros(1)
+    if dimension in (None, 0):
+        for grid in _closed_forms(lowest - int(middle), highest - int(middle), granularity, float(scale[0])):
+            like_scale, like_zero_point = grid.qparams(probes)
+            if torch.equal(like_scale, scale) and torch.equal(like_zero_point, zero_point - middle):
+                return grid
     try:
         like = Pt2eGrid(lowest, highest, "affine" if lowest == 0 else scheme, granularity, float(scale.min()))
     except ConfigError as error:
@@ -180,7 +182,11 @@ def _made(spec: Any) -> Any:
     try:
         return new_observer(spec)
     except Exception as error:
-        raise CannotAskError(f"its observer cannot be made: {type(error).__name__}: {error}") from error
+        raise CannotAskError(f"its observer cannot be made: {_text(error)}") from error
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _look(observer: Any, weight: Tensor) -> None:
@@ -188,7 +194,7 @@ def _look(observer: Any, weight: Tensor) -> None:
         with torch.no_grad():
             observer(weight.clone())
     except Exception as error:
-        raise CannotAskError(f"its observer cannot be called: {type(error).__name__}: {error}") from error
+        raise CannotAskError(f"its observer cannot be called: {_text(error)}") from error
 
 
 def _answer(observer: Any) -> tuple[Tensor, Tensor]:
@@ -197,7 +203,7 @@ def _answer(observer: Any) -> tuple[Tensor, Tensor]:
             scale, zero_point = observer.calculate_qparams()[:2]
         scale, zero_point = torch.as_tensor(scale), torch.as_tensor(zero_point)
     except Exception as error:
-        raise CannotAskError(f"its observer gives no scale and zero point: {type(error).__name__}: {error}") from error
+        raise CannotAskError(f"its observer gives no scale and zero point: {_text(error)}") from error
     if scale.numel() != zero_point.numel() or not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
         raise CannotAskError("its observer answers with scales that are not positive numbers")
     return scale.detach().float(), zero_point.detach().float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,14 @@ class PartStore:
         return self._nodes[original, number]
 
 
+@dataclass(frozen=True)
+class SplitCall:
+    """What took the place of one call of a layer: the nodes of its parts, and the sums of the first 2, 3, ... parts."""
+
+    parts: list[Node]
+    sums: list[Node]
+
+
 class Moves:
     """Where the places of replaced layers went: their outputs, and the edges into them."""
 
@@ -86,7 +94,7 @@ class Moves:
 
 def replace_call(
     model: GraphModule, call: LayerCall, name: str, weights: Sequence[Node], biases: Sequence[Node | None], moves: Moves
-) -> None:
+) -> SplitCall:
     """Put k parallel layers and their sum in a layer's place.
 
     Each part takes over how the layer's input, weight and bias are to be quantized; the last sum takes over how
@@ -108,7 +116,7 @@ def replace_call(
             if annotation is not None:
                 part.meta[ANNOTATION] = _part_annotation(annotation, call, part, weight, bias)
             parts.append(part)
-        total = parts[0]
+        total, sums = parts[0], list[Node]()
         for part in parts[1:]:
             total = graph.call_function(aten.add.Tensor, (total, part))
             total.meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
@@ -116,11 +124,13 @@ def replace_call(
             # Not operator.add, which quantizers look for behind a convolution.
             total.meta["source_fn_stack"] = [(total.name, aten.add.Tensor)]
             set_untouched(total, annotation)
+            sums.append(total)
     if annotation is not None:
         total.meta[ANNOTATION] = replace(annotation, input_qspec_map={})
     moves.add(call, parts, weights, total)
     node.replace_all_uses_with(total)
     graph.erase_node(node)
+    return SplitCall(parts, sums)
 
 
 def _arguments(call: LayerCall, weight: Node, bias: Node | None) -> tuple[Any, tuple]:

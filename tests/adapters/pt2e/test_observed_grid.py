@@ -105,6 +105,10 @@ CLOSED = {
         spec(MinMaxObserver, **WHOLE, dtype=torch.uint8, quant_min=0, quant_max=15),
         Pt2eGrid(0, 15, "affine", "tensor", torch.finfo(torch.float32).eps),
     ),
+    "unsigned and symmetric": (  # around code 7; as QNN has it around code 128
+        spec(MinMaxObserver, dtype=torch.uint8, quant_min=0, quant_max=15, qscheme=torch.per_tensor_symmetric),
+        Pt2eGrid(-7, 8, "symmetric", "tensor", torch.finfo(torch.float32).eps),
+    ),
     "once": (
         spec(CalibratedOncePerChannelObserver.with_args(eps=2**-20)),
         Pt2eGrid(-8, 7, "symmetric", "channel", 2**-20),
@@ -128,9 +132,6 @@ OPEN = {
     "powers of two that clip": spec(RoundedDownPerChannelObserver),
     "least error": spec(LeastErrorObserver, qscheme=torch.per_tensor_symmetric, ch_axis=None),
     "histogram": spec(HistogramObserver, **WHOLE),
-    "symmetric unsigned": spec(
-        MinMaxObserver, dtype=torch.uint8, quant_min=0, quant_max=15, qscheme=torch.per_tensor_symmetric
-    ),
 }
 
 

@@ -1,0 +1,226 @@
+"""Sums of parts on targets whose kernels take and write integers only.
+
+Such a target has no place for a partial sum in float: whatever stays float is left to the host, and the program falls
+into pieces. What tells it is the quantizer's annotation of a layer: an output with a static scale, its own or that of
+the activation that is fused into it, and a bias of integers, to be added inside the integer kernel. There every part
+gets an output scale of its own, and so do the sums.
+
+The last sum takes the layer's place in front of a fused activation, whose output alone had a scale. Targets fuse
+activations into layers, not into additions. So the sum is quantized with the scale that the activation's output has:
+codes end where the activation ends, and it does nothing any more.
+
+Scales on partial sums cost accuracy: see `partial_sum_cost`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from splitquant_plugins.errors import SplitQuantWarning
+from splitquant_plugins.solvers.rounding_error import weight_error
+from splitquant_pt2e.annotation import annotation_of, input_spec, resolved
+from splitquant_pt2e.compat import ANNOTATION
+from splitquant_pt2e.layers import LayerCall
+from splitquant_pt2e.parallel_parts import PART, SplitCall
+
+if TYPE_CHECKING:
+    from splitquant_plugins.grid import Grid
+    from splitquant_plugins.passes.split_layer import SplitTensors
+
+aten = torch.ops.aten
+_FUSED: dict[Any, tuple[float | None, float | None]] = {
+    aten.relu.default: (0.0, None),
+    aten.relu_.default: (0.0, None),
+    aten.relu6.default: (0.0, 6.0),
+}
+_BOUNDED: dict[Any, tuple[float | None, float | None]] = {  # with the bounds that they have where none is given
+    aten.hardtanh.default: (-1.0, 1.0),
+    aten.hardtanh_.default: (-1.0, 1.0),
+    aten.clamp.default: (None, None),
+    aten.clamp_.default: (None, None),
+}
+INTEGER_NOTE = "the target's kernels write integers only: outputs of parts and their sums have scales of their own"
+# What a scale on an output has to span, in units of the output's root mean square. Read off what the scales on all
+# partial sums of a trained ResNet-20 cost at 8 bits: 11 with weights per channel, 13 with weights per tensor.
+RANGE = 12.0
+
+
+def writes_integers(call: LayerCall) -> bool:
+    """Whether the quantizer asks for a kernel that takes and writes integers only, for this layer."""
+    if call.bias is None or not _is_static(output_spec(call.node)):
+        return False
+    bias = input_spec(call.node, call.bias)
+    dtype = getattr(resolved(bias), "dtype", None)
+    return isinstance(dtype, torch.dtype) and not dtype.is_floating_point
+
+
+def output_spec(node: Node) -> Any | None:
+    """How a layer's output is quantized, directly or behind the activation that is fused into it; None: it is not."""
+    annotation = annotation_of(node)
+    if annotation is not None and annotation.output_qspec is not None:
+        return resolved(annotation.output_qspec)
+    fused = fused_activation(node)
+    return None if fused is None else resolved(annotation_of(fused).output_qspec)  # type: ignore[union-attr]
+
+
+def fused_activation(node: Node) -> Node | None:
+    """The activation behind a layer whose output has a scale while its input has none."""
+    users = list(node.users)
+    if len(users) != 1 or users[0].op != "call_function" or len(users[0].all_input_nodes) != 1:
+        return None
+    annotation = annotation_of(users[0])
+    if annotation is None or annotation.output_qspec is None or input_spec(users[0], node) is not None:
+        return None
+    return users[0]
+
+
+def partial_sum_cost(parts: Sequence[Tensor], spec: Any) -> float:
+    """Squared error of a layer's weights that would do the harm of the scales on its parts' outputs.
+
+    The output of a part with the share a of the layer's energy is rounded to 2^b steps over `RANGE` times its
+    root mean square, which adds a (RANGE / (2^b - 1))² / 12 of the layer's output energy. For inputs that are as strong
+    in all directions, that is the same share of the weights' energy.
+    """
+    steps = codes_of(spec)
+    noise = (RANGE / steps) ** 2 / 12
+    energy = sum(float(part.double().square().sum()) for part in parts)
+    return noise * energy
+
+
+def weighed(
+    split: Mapping[str, SplitTensors],
+    weights: Mapping[str, Tensor],
+    grids: Mapping[str, Grid | None],
+    specs: Mapping[str, Any],
+    splitter: str,
+) -> dict[str, SplitTensors]:
+    """Weigh what each split gains against the scales on its partial sums; both as squared error of the weight.
+
+    All by the layer's name; `specs` says how the layers' outputs are quantized, None for those that stay float.
+
+    With `splitter` auto, a layer that would lose stays whole, with the reason. A splitter that was asked for does what
+    was asked, with a warning.
+    """
+    out, losers = dict(split), []
+    for name, tensors in split.items():
+        weight, grid, spec = weights[name], grids[name], specs[name]
+        if tensors.reason is not None or grid is None or not _is_static(spec):
+            continue
+        gain = weight_error(weight, [weight], grid) - weight_error(weight, tensors.weight, grid)
+        cost = partial_sum_cost(tensors.weight, spec)
+        if gain > cost:
+            continue
+        if splitter == "auto":
+            power = float(weight.double().square().sum())
+            reason = (
+                f"the target quantizes partial sums to {codes_of(spec).bit_length()} bits, which adds noise of "
+                f"{cost / power:.1e} of the output's power; splitting the weight removes {max(gain, 0.0) / power:.1e}"
+            )
+            out[name] = replace(tensors, weight=[], bias=[], reason=reason)
+        else:
+            losers.append(name)
+    if losers:
+        warnings.warn(
+            f"splitter {splitter!r}: the target quantizes partial sums, which is expected to cost more than the split "
+            f"gains in {len(losers)} of {len(split)} layers ({', '.join(losers[:3])}{', …' if len(losers) > 3 else ''}"
+            "); splitter 'auto' leaves such layers whole",
+            SplitQuantWarning,
+            stacklevel=2,
+        )
+    if out and not any(tensors.reason is None for tensors in out.values()):
+        first = next(iter(out.values())).reason
+        warnings.warn(f"no layer was split, as none would gain: {first}", SplitQuantWarning, stacklevel=2)
+    return out
+
+
+def codes_of(spec: Any) -> int:
+    """Highest minus lowest code of a specification."""
+    lowest, highest = (getattr(spec, name, None) for name in ("quant_min", "quant_max"))
+    if lowest is None or highest is None:
+        info = torch.iinfo(spec.dtype)
+        lowest, highest = (info.min if lowest is None else lowest), (info.max if highest is None else highest)
+    return int(highest) - int(lowest)
+
+
+def give_sums_scales(calls: Iterable[SplitCall]) -> None:
+    """Annotate the outputs of parts and their sums."""
+    for call in calls:
+        last = call.sums[-1]
+        own, fused = output_spec(last), fused_activation(last)
+        source = call.parts[0]
+        spec = own or resolved(input_spec(source, source.args[source.meta[PART]]))
+        if not _is_static(spec):
+            continue
+        for node in (*call.parts, *call.sums[:-1]):
+            node.meta[ANNOTATION] = _with_output(node, spec)
+        for node in call.sums if "custom" in source.meta else ():
+            node.meta["custom"] = dict(source.meta["custom"])  # where a backend notes what it quantizes: Arm's does
+        if fused is not None and own is not None:
+            bounds = _bounds(fused)
+            within = own if bounds is None else _observed_within(own, *bounds)
+            last.meta[ANNOTATION] = _with_output(last, within)
+
+
+def _with_output(node: Node, spec: Any) -> Any:
+    annotation: Any = annotation_of(node)
+    return replace(annotation, output_qspec=spec)
+
+
+def _is_static(spec: Any) -> bool:
+    if spec is None or getattr(spec, "is_dynamic", False):
+        return False
+    dtype = getattr(spec, "dtype", None)
+    return (
+        isinstance(dtype, torch.dtype) and not dtype.is_floating_point and hasattr(spec, "observer_or_fake_quant_ctr")
+    )
+
+
+def _bounds(node: Node) -> tuple[float | None, float | None] | None:
+    """Where an activation that is the identity in between ends; None for any other."""
+    if node.target in _FUSED:
+        return _FUSED[node.target]
+    if node.target in _BOUNDED:
+        given: list[Any] = list(node.args[1:3])
+        low, high = (*given, *_BOUNDED[node.target][len(given) :])[:2]
+        if all(value is None or isinstance(value, (int, float)) for value in (low, high)):
+            return low, high
+    return None
+
+
+def _observed_within(spec: Any, low: float | None, high: float | None) -> Any:
+    return replace(spec, observer_or_fake_quant_ctr=_Within(spec.observer_or_fake_quant_ctr, low, high))
+
+
+class _Within:
+    """A constructor of observers that see values only as far as the activation behind lets them through."""
+
+    def __init__(self, constructor: Any, low: float | None, high: float | None) -> None:
+        self.constructor, self.bounds = constructor, (low, high)
+        partial = getattr(constructor, "p", None)
+        self.__name__ = getattr(partial.func if partial is not None else constructor, "__name__", "observer")
+
+    def with_args(self, **options: Any) -> _Within:
+        """As PT2E's constructors have it."""
+        return _Within(self.constructor.with_args(**options), *self.bounds)
+
+    def __call__(self) -> nn.Module:
+        observer: nn.Module = self.constructor()
+        observer.register_forward_pre_hook(_Clamp(*self.bounds))
+        return observer
+
+
+class _Clamp:
+    """A forward pre-hook that clamps the input."""
+
+    def __init__(self, low: float | None, high: float | None) -> None:
+        self.low, self.high = low, high
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0].clamp(self.low, self.high), *args[1:])

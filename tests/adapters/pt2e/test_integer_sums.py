@@ -1,0 +1,192 @@
+"""Where kernels write integers only, every part and every sum has a scale, and layers that would lose stay whole."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from splitquant_pt2e import LowBitWeightQuantizer, Pt2eGrid
+from splitquant_pt2e.compat import (
+    ANNOTATION,
+    HistogramObserver,
+    MinMaxObserver,
+    PerChannelMinMaxObserver,
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+)
+from splitquant_pt2e.integer_sums import partial_sum_cost, weighed
+from torch import nn
+from torchao.quantization.pt2e.quantizer import DerivedQuantizationSpec
+
+from splitquant_plugins import manifest_of
+from splitquant_plugins.errors import SplitQuantWarning
+from splitquant_plugins.passes.split_layer import SplitTensors
+
+aten = torch.ops.aten
+ACTIVATIONS = (aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.sigmoid.default)
+pytestmark = pytest.mark.filterwarnings("ignore:splitter .*partial sums")
+
+
+def activation_spec(bits=8):
+    return QuantizationSpec(
+        torch.int8 if bits == 8 else torch.int16,
+        HistogramObserver.with_args(eps=2**-16) if bits == 8 else MinMaxObserver.with_args(eps=2**-24),
+        -(2 ** (bits - 1)),
+        2 ** (bits - 1) - 1,
+        torch.per_tensor_affine,
+        is_dynamic=False,
+    )
+
+
+def derive(observers):
+    (act, _), (weight, _) = (observer.calculate_qparams() for observer in observers)
+    return act * weight, torch.zeros_like(act * weight, dtype=torch.int32)
+
+
+class IntegerQuantizer(Quantizer):
+    """As the quantizers of NPUs: activations are fused into the layers before them, biases are integers."""
+
+    def __init__(self, *, bias=True, granularity="channel"):
+        super().__init__()
+        self.bias = bias
+        self.granularity = granularity
+
+    def annotate(self, model):
+        channel = self.granularity == "channel"
+        weight = QuantizationSpec(
+            torch.int8,
+            (PerChannelMinMaxObserver if channel else MinMaxObserver).with_args(eps=2**-20),
+            -127,
+            127,
+            torch.per_channel_symmetric if channel else torch.per_tensor_symmetric,
+            ch_axis=0 if channel else None,
+        )
+        for node in model.graph.nodes:
+            if node.target not in (aten.conv2d.default, aten.linear.default):
+                continue
+            inputs = {node.args[0]: activation_spec(), node.args[1]: weight}
+            if self.bias:
+                edges = [(node.args[0], node), (node.args[1], node)]
+                qscheme = weight.qscheme
+                inputs[node.args[2]] = DerivedQuantizationSpec(
+                    edges, derive, torch.int32, -(2**31), 2**31 - 1, qscheme, 0 if channel else None
+                )
+            (user,) = node.users
+            fused = user.target in ACTIVATIONS
+            node.meta[ANNOTATION] = QuantizationAnnotation(
+                inputs, None if fused else activation_spec(), _annotated=True
+            )
+            if fused:
+                user.meta[ANNOTATION] = QuantizationAnnotation({}, activation_spec(), _annotated=True)
+        return model
+
+    def validate(self, model):
+        pass
+
+
+def convolutions(activation):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), activation, nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+    with torch.no_grad():
+        for index in (0, 2, 4):
+            model[index].weight.view(-1)[::29] *= 8
+    return model.eval()
+
+
+def scales(node):
+    """Scale and zero point that a node's output is quantized with, by its only user."""
+    (user,) = node.users
+    return tuple(user.args[1:3]) if "quantize_per_tensor" in str(user.target) else None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(0, 1), nn.Sigmoid()], ids=str)
+def test_every_part_and_every_sum_is_quantized(split, quantize, sqnr, activation, k):
+    model, x = convolutions(activation), torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    plain = quantize(model, IntegerQuantizer(), x)
+    graph = quantize(model, split(k=k, splitter="residual") + IntegerQuantizer(), x)
+    layers = [node for node in graph.graph.nodes if node.target in (aten.conv2d.default, aten.linear.default)]
+    sums = [node for node in graph.graph.nodes if node.target == aten.add.Tensor]
+    assert (len(layers), len(sums)) == (3 * k, 3 * (k - 1))
+    for node in (*layers, *sums):
+        assert scales(node) is not None
+        assert all("dequantize" in str(source.target) for source in node.all_input_nodes)
+    applied = next(node for node in graph.graph.nodes if node.target in ACTIVATIONS)
+    same = next(node for node in plain.graph.nodes if node.target in ACTIVATIONS)
+    assert scales(applied) == pytest.approx(scales(same), rel=1e-5)
+    before = applied.args[0].args[0].args[0]
+    assert before in sums
+    if not isinstance(activation, nn.Sigmoid):  # the activation only ends where the codes of the sum end
+        assert scales(before) == pytest.approx(scales(applied), rel=1e-6)
+    assert "write integers only" in "".join(manifest_of(graph).notes)
+    assert sqnr(model(x), graph(x)) > sqnr(model(x), plain(x)) - 3
+
+
+@torch.no_grad()
+def test_floats_stay_floats_where_biases_are(split, quantize):
+    model, x = convolutions(nn.ReLU()), torch.randn(4, 3, 8, 8)
+    graph = quantize(model, split(k=2, splitter="residual") + IntegerQuantizer(bias=False), x)
+    layers = [node for node in graph.graph.nodes if node.target in (aten.conv2d.default, aten.linear.default)]
+    assert [scales(node) for node in layers] == [None] * 6
+    assert not manifest_of(graph).notes
+
+
+def weights(outlier):
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    weight[0, 0] = outlier
+    return weight
+
+
+def split_in_two(weight):
+    large = torch.where(weight.abs() > 5, weight, 0.0)
+    return SplitTensors([weight - large, large], [None, None], 0.0)
+
+
+def test_what_a_split_gains_is_weighed_against_its_sums():
+    grid = Pt2eGrid(-127, 127, "symmetric", "tensor")
+    tensors = {"calm": weights(2.0), "wild": weights(40.0), "float": weights(2.0)}
+    split = {name: split_in_two(weight) for name, weight in tensors.items()}
+    grids, specs = dict.fromkeys(tensors, grid), {"calm": activation_spec(), "wild": activation_spec(), "float": None}
+    out = weighed(split, tensors, grids, specs, "auto")
+    assert {name: result.reason is None for name, result in out.items()} == {"calm": False, "wild": True, "float": True}
+    assert "quantizes partial sums to 8 bits" in out["calm"].reason
+    with pytest.warns(SplitQuantWarning, match=r"'range'.* in 1 of 3 layers \(calm\)"):
+        assert weighed(split, tensors, grids, specs, "range") == split
+    wide = dict.fromkeys(tensors, activation_spec(16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fine = {name: SplitTensors([w.round(), w - w.round()], [None, None], 0.0) for name, w in tensors.items()}
+        assert weighed(fine, tensors, grids, wide, "auto") == fine  # at 16 bits sums cost next to nothing
+
+
+def test_a_model_that_would_lose_stays_whole_with_a_warning():
+    weight = weights(2.0)
+    split = {"only": split_in_two(weight)}
+    grid = Pt2eGrid(-127, 127, "symmetric", "channel")
+    with pytest.warns(SplitQuantWarning, match="no layer was split, as none would gain"):
+        out = weighed(split, {"only": weight}, {"only": grid}, {"only": activation_spec()}, "auto")
+    assert out["only"].weight == []
+
+
+def test_the_cost_of_a_partial_sum_is_what_its_scale_does(split):
+    """Against what rounding the outputs of two parts to 8 bits really adds, for Gaussian inputs: within a factor 4."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 64, generator=generator)
+    parts = [weight.round(), weight - weight.round()]
+    x = torch.randn(4096, 64, generator=generator)
+    added = 0.0
+    for part in parts:
+        y = x @ part.t()
+        scale = (y.max() - y.min()) / 255
+        added += float(((y / scale).round() * scale - y).square().mean())
+    power = float((x @ weight.t()).square().mean())
+    expected = partial_sum_cost(parts, activation_spec()) / float(weight.square().sum())
+    assert added / power / 4 < expected < added / power * 4
+
+
+def test_weight_only_recipes_are_no_integer_targets(split, quantize):
+    graph = quantize(convolutions(nn.ReLU()), split(k=2) + LowBitWeightQuantizer("int4"), torch.randn(2, 3, 8, 8))
+    assert not manifest_of(graph).notes
