@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from splitquant_plugins.compiled import compiled
 
 if TYPE_CHECKING:
@@ -24,9 +26,9 @@ def bin_group(values: Array, frame: Array, table: Array) -> None:
     values, sum of squares, and the range that the parts have to cover, which includes 0. table [bins + 1, 2]: how
     many values lie in the bins before each edge, and their sum.
     """
-    low, high = float(values[0]), float(values[0])
+    low, high = np.float64(values[0]), np.float64(values[0])
     for i in range(len(values)):
-        value = float(values[i])
+        value = np.float64(values[i])
         low = min(low, value)
         high = max(high, value)
     peak = max(-low, high)
@@ -37,7 +39,7 @@ def bin_group(values: Array, frame: Array, table: Array) -> None:
     table[:] = 0.0
     squares = 0.0
     for i in range(len(values)):
-        value = float(values[i]) / peak
+        value = np.float64(values[i]) / peak
         place = min(int((value - low) * per_unit), bins - 1) + 1
         table[place, 0] += 1.0
         table[place, 1] += value

@@ -140,7 +140,7 @@ def search_ranges(
     now, trial = np.empty(stages), np.empty(stages)
     for group in range(len(groups)):
         row = groups[group]
-        low, high = float(row.min()), float(row.max())
+        low, high = np.float64(row.min()), np.float64(row.max())
         peak = max(-low, high)
         error_out[group], kept_out[group], fraction_out[group] = np.inf, False, 1.0
         if not peak > 0:
@@ -148,7 +148,7 @@ def search_ranges(
             continue
         inner = -(-n // stride)
         for i in range(inner):
-            values[i] = float(row[i * stride]) / peak
+            values[i] = np.float64(row[i * stride]) / peak
             counts[i] = n / inner
         if stride > 1:
             values[m - 2], values[m - 1] = low / peak, high / peak

@@ -77,18 +77,21 @@ def fit(rules: Array, shape: Array, scale: Array, frame: Array, first: bool) -> 
 
 @compiled
 def tighten(rules: Array, flags: Array, shape: Array, scale: Array, frame: Array) -> None:
-    """Scales in the same ratios that cover the group and no more; in place."""
+    """Scales in the same ratios that cover the group and no more, times what they sum to before; in place.
+
+    Where a range's ends are clipped (symmetric full), ranges larger than the group's cost less.
+    """
+    slack = scale.sum()
     if flags[1]:
-        for j in range(len(shape)):
-            scale[j] *= 1e-6
+        scale *= 1e-6 / slack
         fit(rules, shape, scale, frame, False)
+        scale *= slack
         return
     above, below = 0.0, 0.0
     for j in range(len(shape)):
         below += rules[shape[j], 0] * scale[j]
         above += rules[shape[j], 1] * scale[j]
-    for j in range(len(shape)):
-        scale[j] /= max(above, below)
+    scale *= slack / max(above, below)
 
 
 @compiled
@@ -175,8 +178,9 @@ def search_groups(
     shape_out: Array,
     scale_out: Array,
     cost_out: Array,
+    slack_out: Array,
 ) -> None:
-    """The best codebook of every group."""
+    """The best codebook of every group, and how many times larger its scales are than `tighten` makes them."""
     frame, table = np.empty(8), np.empty((bins + 1, 2))
     k, starts = shapes.shape[1], len(shapes)
     room, trial, other = np.empty((2, codes.shape[1] ** k)), np.empty(k), np.empty(k, np.int64)
@@ -193,6 +197,7 @@ def search_groups(
             scale_out[group] = 0.0
             shape_out[group] = 0
             cost_out[group] = 0.0
+            slack_out[group] = 1.0
             continue
         bin_group(values[group], frame, table)
         for start in range(starts):
@@ -216,6 +221,9 @@ def search_groups(
         scale[:] = scale_out[group]
         best = _descend(codes, rules, flags, shape, scale, best, fine, 0.0, frame, table, room, trial, other)
         shape_out[group] = shape
+        trial[:] = scale / scale.sum()
+        tighten(rules, flags, shape, trial, frame)
+        slack_out[group] = scale[0] / trial[0]
         for j in range(k):
             scale_out[group, j] = scale[j] * frame[0]
         cost_out[group] = best * frame[0] * frame[0]

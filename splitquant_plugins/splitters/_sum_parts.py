@@ -147,7 +147,7 @@ def tabulate(codes: Array, spans: Array, shape: Array, scale: Array) -> tuple[Ar
     sums, digits = sums[order], digits[order]
     middles = np.empty(number)
     for s in range(number - 1):
-        middles[s] = 0.5 * (sums[s] + sums[s + 1])
+        middles[s] = 0.5 * sums[s] + 0.5 * sums[s + 1]
     middles[number - 1] = np.inf
     return sums, middles, digits, table
 
@@ -174,7 +174,7 @@ def look_up(middles: Array) -> tuple[Array, float, float]:
 def nearest_sum(weight: float, middles: Array, entries: Array, low: float, per_unit: float) -> int:
     """The place of the sum nearest to a weight: the number of middles that are below it."""
     place = (weight - low) * per_unit
-    at = entries[int(min(max(place, 0.0), len(entries) - 1.0))]
+    at = entries[int(min(place, len(entries) - 1.0))] if place > 0 else entries[0]  # no number is not above 0
     while middles[at] < weight:
         at += 1
     return at
@@ -253,7 +253,7 @@ def realise_span(
         ends = np.sum(~np.isnan(pins[j, :, 0]))
         missing += min(ends, 1) if either else ends
     for i in range(len(values)):
-        weight = float(values[i])
+        weight = np.float64(values[i])
         at = choice[i] if len(choice) else nearest_sum(weight, middles, entries, low, per_unit)
         if missing > 0:
             pinned, number = _free_pin(weight, digits[at], table, pins, either, held)
@@ -305,11 +305,11 @@ def _candidates(values: Array) -> Array:
     for side in range(2):
         start, count, sign = side * _EXTREMES, 0, 1.0 - 2.0 * side
         for i in range(n):
-            value = sign * float(values[i])
-            if count == _EXTREMES and value <= sign * float(values[chosen[start + count - 1]]):
+            value = sign * np.float64(values[i])
+            if count == _EXTREMES and value <= sign * np.float64(values[chosen[start + count - 1]]):
                 continue
             at = start + (count if count < _EXTREMES else _EXTREMES - 1)
-            while at > start and sign * float(values[chosen[at - 1]]) < value:
+            while at > start and sign * np.float64(values[chosen[at - 1]]) < value:
                 chosen[at] = chosen[at - 1]
                 at -= 1
             chosen[at] = i
@@ -358,7 +358,7 @@ def force_pins(
                     for i in places:
                         if (held == i).any() != (push == 1):
                             continue
-                        weight = float(values[i])
+                        weight = np.float64(values[i])
                         near = np.searchsorted(middles, weight)
                         now = (weight - sums[near]) * (weight - sums[near])
                         for combo in range(number):
@@ -379,8 +379,8 @@ def force_pins(
                         digit[other] = which % width
                         which //= width
                 part[j] = value
-                spread(float(values[where]) - value, digit, table, j, part)
-                complete_one(float(values[where]), part, kind)
+                spread(np.float64(values[where]) - value, digit, table, j, part)
+                complete_one(np.float64(values[where]), part, kind)
                 changed[:, changes] = part
                 index[changes] = where
                 changes += 1
@@ -453,8 +453,8 @@ def nearest_groups(values: Array, sums: Array, out: Array) -> None:
     middles = np.empty(number)
     for group in range(len(values)):
         for s in range(number - 1):
-            middles[s] = 0.5 * (sums[group, s] + sums[group, s + 1])
+            middles[s] = 0.5 * sums[group, s] + 0.5 * sums[group, s + 1]
         middles[number - 1] = np.inf
         entries, low, per_unit = look_up(middles)
         for i in range(values.shape[1]):
-            out[group, i] = nearest_sum(float(values[group, i]), middles, entries, low, per_unit)
+            out[group, i] = nearest_sum(np.float64(values[group, i]), middles, entries, low, per_unit)
