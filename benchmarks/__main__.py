@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 NAMES = (
     "import_time",
     "clustering",
+    "grid_search",
     "whole_pass",
     "pass_memory",
     "checkpoint",

@@ -80,3 +80,11 @@ def test_one_command_runs_them(tmp_path: Path) -> None:
 def test_the_one_command_knows_every_benchmark() -> None:
     scripts = {path.stem for path in BENCHMARKS.glob("[!_]*.py")}
     assert scripts == set(runpy.run_path(str(BENCHMARKS / "__main__.py"))["NAMES"])
+
+
+def test_grid_search() -> None:
+    import grid_search
+
+    tensor, channel = grid_search.run(smoke=True, runs=1)
+    assert channel["parts, dB"] > tensor["parts, dB"]
+    assert tensor["parts, dB"] > tensor["plain, dB"]
