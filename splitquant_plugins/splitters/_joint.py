@@ -68,7 +68,7 @@ class Effort:
     library_groups: int = 256
     # One in so many at most; fewer groups than this times 4 are searched by themselves.
     one_in: int = 16
-    # Sums that a library's groups have together, which bounds its time for wide parts.
+    # Sums that a library's groups, or the descents of one group, have together: bounds the time for wide parts.
     library_sums: int = 1 << 14
     # Starts in the library: 16, 32 and 64 give 32.3, 32.6 and 32.7 dB for 40, 52 and 75 microseconds a group.
     library: int = 32
@@ -171,7 +171,7 @@ def search(groups: Tensor, rules: Rules, k: int, *, cover: bool = True, effort: 
         _sample(groups, live, effort.ranking_groups, effort), rules, flags, bins, k, len(live), effort
     )
     if len(live) < 4 * effort.one_in:
-        descents = max(effort.descents, effort.descents_in_all // len(live))
+        descents = max(effort.descents, min(effort.descents_in_all // len(live), effort.library_sums // sums))
         steps = effort.coarse, effort.fine, effort.reach
     else:
         wanted = min(effort.library_groups, max(len(live) // effort.one_in, 4), max(effort.library_sums // sums, 16))
