@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from splitquant_plugins.checkpoints.files import read_json
-from splitquant_plugins.errors import InputError, SkeletonMismatchError
+from splitquant_plugins.errors import InputError, SkeletonMismatchError, first_line
 
 Size = Annotated[int, Field(ge=1)]
 Dtype = Literal["float16", "bfloat16", "float32", "int8", "int16", "int32", "int64"]
@@ -157,7 +157,12 @@ def empty_module(layer: PackedInc) -> nn.Module:
     options = layer.model_dump(exclude={"kind"})
     for key in ("scale_dtype", "compression_dtype"):
         options[key] = getattr(torch, options[key])
-    made: nn.Module = INCWeightOnlyLinear(**options)
+    try:
+        made: nn.Module = INCWeightOnlyLinear(**options)
+    except Exception as error:  # whatever INC makes of options that do not fit together
+        raise InputError(
+            f"a layer is packed in a way that INC does not know: {type(error).__name__} {first_line(error)[:80]}"
+        ) from None
     return made
 
 

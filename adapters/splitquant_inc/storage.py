@@ -102,7 +102,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     try:
         model.load_state_dict(rest, strict=True, assign=True)
     except RuntimeError as error:
-        raise SkeletonMismatchError(f"{folder} does not fit {type(model).__name__}: {error}") from None
+        problem = " ".join(str(error).split())
+        raise SkeletonMismatchError(f"{folder} does not fit {type(model).__name__}: {problem}") from None
     for name, layer in hqq.items():
         prefix = f"{name}."
         inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -128,3 +128,12 @@ def test_damaged_files_are_errors(net, split_pass, tmp_path, kind):
 def test_a_float_model_is_not_saved(net, tmp_path):
     with pytest.raises(InputError, match="call convert first"):
         save(net(), tmp_path)
+
+
+def test_saving_an_unsplit_model_leaves_no_stale_manifest(net, ids, split_pass, tmp_path):
+    save(quantize(net(), split_pass() + RECIPES["rtn4"](), run_fn=calibrate), tmp_path)
+    assert (tmp_path / FILE_NAME).is_file()
+    plain = quantize(net(), RECIPES["rtn4"](), run_fn=calibrate)
+    save(plain, tmp_path)
+    assert not (tmp_path / FILE_NAME).exists()
+    assert torch.equal(load(tmp_path, net())(ids), plain(ids))
