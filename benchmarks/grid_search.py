@@ -48,7 +48,7 @@ def _compare(weight: Tensor, k: int, grid: UniformGrid, runs: int) -> dict[str, 
         model[0].weight.data = weight.clone()
         return SplitQuantPass(splitter="grid", k=k).apply(model, grid=grid)
 
-    parts = [part.weight.detach() for part in split()[0].children() if isinstance(part, nn.Linear)]
+    parts = [part.weight.detach() for part in split().modules() if isinstance(part, nn.Linear)]
     (ours, theirs), ratio = alternate(
         split, lambda: KMeans(3, n_init="auto", random_state=0).fit(weight.numpy().reshape(-1, 1)), runs
     )

@@ -56,7 +56,7 @@ class Effort:
     # Scale ratios of neighbouring parts to start from, times 4 / codes for wider parts.
     ratios: tuple[float, ...] = (0.12, 0.2, 0.25, 0.3, 0.4, 0.6, 0.85)
     # By how much ranges exceed the group's where their ends are clipped, as they are on symmetric full grids.
-    slack: tuple[float, ...] = (1.0, 1.15, 1.3, 1.5)
+    slack: tuple[float, ...] = (1.0, 1.3)
     # Sums of all starts together, which bounds the time of ranking them: 10 ms a tensor.
     start_sums: int = 1 << 20
     # Starts that are best on one group, and tried on eight.
@@ -80,7 +80,7 @@ class Effort:
     # Steps of the pattern search on scales, as parts of them: from every start, and from the best one's end. From a
     # library long steps gain 0.005 dB, and a second start 0.1 dB for half as much time again.
     coarse: tuple[float, ...] = (0.2, 0.1)
-    fine: tuple[float, ...] = (0.05, 0.025, 0.012)
+    fine: tuple[float, ...] = (0.05, 0.05, 0.025, 0.025, 0.012, 0.006)
     from_library: tuple[float, ...] = (0.05,)
     then: tuple[float, ...] = (0.025,)
     # One in so many groups, those of the largest errors, is searched from all starts: 0.03 to 0.07 dB, on symmetric
@@ -93,8 +93,10 @@ class Effort:
     bins_per_sum: int = 16
     fewest_bins: int = 256
     most_bins: int = 8192
-    # Values of a group that are looked at in the search; a longer one is sampled evenly.
+    # Values of a group that are looked at in the search; a longer one is sampled evenly. All of 2^22 gain nothing.
     most_values: int = 1 << 18
+    # Values of all sample groups together.
+    sample_values: int = 1 << 18
 
 
 EFFORT = Effort()
@@ -279,7 +281,7 @@ def _relative(costs: Array, best: Array) -> Array:
 def _sample(groups: Tensor, live: Tensor, number: int, effort: Effort) -> Array:
     """Up to `number` of the groups that are not all zero, evenly, and not too many values of them."""
     chosen = live[torch.linspace(0, len(live) - 1, min(len(live), number)).round().long()]
-    return _values(_thinned(groups[chosen], max(effort.most_values // len(chosen), effort.fewest_bins)))
+    return _values(_thinned(groups[chosen], max(effort.sample_values // len(chosen), effort.fewest_bins)))
 
 
 def realise(groups: Tensor, rules: Rules, books: Codebooks, choice: Tensor | None = None) -> list[Tensor]:
