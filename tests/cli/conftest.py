@@ -19,6 +19,12 @@ SIZES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are as wide as they like, wherever the tests run."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 @pytest.fixture
 def classifier(tmp_path: Path) -> Callable[..., Path]:
     """The maker of a classifier's folder, sharded where a size is given, with or without a vocabulary."""
