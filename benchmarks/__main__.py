@@ -19,6 +19,7 @@ NAMES = (
     "whole_pass",
     "pass_memory",
     "checkpoint",
+    "cluster",
     "latency",
     "restricted_grids",
     "causal_lm",

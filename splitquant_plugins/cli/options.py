@@ -132,5 +132,5 @@ def quiet_libraries() -> None:
         return
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in ("torchao", "neural_compressor", "torch.utils._pytree"):
+    for name in ("torchao", "neural_compressor", "torch.utils._pytree", "distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -29,6 +29,11 @@ from splitquant_plugins.cli.options import (
     default=None,
     help="Work layer by layer, for checkpoints that do not fit in memory.  [default: if the checkpoint is sharded]",
 )
+@click.option(
+    "--scheduler",
+    metavar="HOST:PORT",
+    help="Stream on the workers of this Dask scheduler; they see the folders under the same paths.",
+)
 @grid_options
 @split_options
 @json_option
@@ -40,6 +45,7 @@ def quantize(
     seed: int,
     output: Path,
     stream: bool | None,
+    scheduler: str | None,
     granularity: Any,
     group_size: int | None,
     scheme: Any,
@@ -72,6 +78,7 @@ def quantize(
         output,
         options,
         stream,
+        scheduler,
     )
     columns = (
         ("layers_split", "layers split", report.text),

@@ -48,11 +48,13 @@ def quantize_model(
     output: Path,
     options: dict[str, Any],
     stream: bool | None = None,
+    scheduler: str | None = None,
 ) -> dict[str, Any]:
     """Split and quantize a transformers model and save it into `output`, which must not exist yet.
 
     With `stream`, a folder's safetensors are worked on layer by layer, and the model is never in memory; None
-    streams a sharded checkpoint where backend and options can. Returns a row of figures. Everything that the
+    streams a sharded checkpoint where backend and options can. `scheduler` is the address of a Dask scheduler whose
+    workers do the streaming. Returns a row of figures. Everything that the
     arguments can be wrong in is checked before work begins.
     """
     chosen = plugins.backend(backend)
@@ -62,10 +64,14 @@ def quantize_model(
     if first is None:
         raise ConfigError("split 'none': a plain model is saved by the backend's own tools; choose a splitter")
     refuse_output_folder(output)
+    if scheduler is not None:
+        if stream is False:
+            raise ConfigError("a scheduler works on checkpoints that are streamed; leave out --no-stream")
+        stream = True
     if stream is None:
         needs_model = first.calibration is not None or first.config.budget is not None or first.config.activations
         stream = is_sharded(model) and chosen.packer(form) is not None and not needs_model
-    figures = _stream if stream else _in_memory
+    figures = partial(_stream, scheduler=scheduler) if stream else _in_memory
     return {
         "model": model,
         "output": str(output),
@@ -105,17 +111,14 @@ def _in_memory(chosen: Backend, model: str, form: WeightFormat, first: SplitQuan
     }
 
 
-def _stream(chosen: Backend, model: str, form: WeightFormat, first: SplitQuantPass, output: Path) -> dict[str, Any]:
-    packer = chosen.packer(form)
-    if packer is None:
-        raise ConfigError(
-            f"backend {chosen.name} cannot stream {form.weights} ({form.method}); leave out --stream, or use quanto or "
-            "inc"
-        )
+def _stream(
+    chosen: Backend, model: str, form: WeightFormat, first: SplitQuantPass, output: Path, *, scheduler: str | None
+) -> dict[str, Any]:
     folder = Path(model)
     if not folder.is_dir():
         raise InputError(f"{model} is not a folder, and only local checkpoints are streamed; download it first")
-    made = stream_model(folder, output, first, packer, form, extras=partial(_copy_files, folder))
+    extras = partial(_copy_files, folder)
+    made = stream_model(folder, output, first, chosen, form, extras=extras, scheduler=scheduler)
     return {
         "layers_split": len(made.manifest.split),
         "layers_quantized": made.packed,

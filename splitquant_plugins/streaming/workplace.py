@@ -7,6 +7,7 @@ done when both are there, and size and SHA-256 of the one are those that the oth
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -71,20 +72,27 @@ class Workplace:
         """Take up work on a plan of JSON values; InputError where another was begun here."""
         path = self.folder / "plan.json"
         if path.exists():
-            begun = read_json(path)
-            keys = [*plan, *begun] if isinstance(begun, dict) else list(plan)
-            different = [key for key in keys if not isinstance(begun, dict) or begun.get(key) != plan.get(key)]
-            if different:
+            different = _difference(read_json(path), plan)
+            if different is not None:
                 raise InputError(
-                    f"{self.folder} is half done, and was begun with another {different[0]}: run the command as it was "
+                    f"{self.folder} is half done, and was begun with another {different}: run the command as it was "
                     "to finish it, or delete the folder to begin anew"
                 )
         else:
             write_json(path, dict(plan))
         self.model.mkdir(exist_ok=True)
         self._done.mkdir(exist_ok=True)
-        for leftover in self.model.glob(".*.partial"):
-            leftover.unlink()
+        self._remove_leftovers()
+
+    def join(self, plan: Mapping[str, Any]) -> None:
+        """Take part in work that another process has begun; InputError where it is another plan, or not to be seen."""
+        path = self.folder / "plan.json"
+        different = _difference(read_json(path), plan)
+        if different is not None:
+            raise InputError(f"{path} has another {different} there; give an --output that all machines share")
+        for folder in (self.model, self._done):
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise InputError(f"{folder} cannot be written there; start the worker as the same user")
 
     def record_of(self, file: str) -> ShardRecord | None:
         """Return the record of a shard if it is done."""
@@ -103,8 +111,20 @@ class Workplace:
         write_text(self._done / f"{file}.json", record.model_dump_json())
 
     def publish(self) -> None:
-        """Move the finished model to its place, and clear the rest away."""
+        """Move the finished model to its place, and clear the rest away, what killed writers left included."""
+        self._remove_leftovers()
         sync_folder(self.model)
         self.model.replace(self.output)
         sync_folder(self.output.parent)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _remove_leftovers(self) -> None:
+        for leftover in self.model.glob(".*.partial"):
+            leftover.unlink(missing_ok=True)
+
+
+def _difference(begun: Any, plan: Mapping[str, Any]) -> str | None:
+    """The first key in which what was begun is another plan."""
+    if not isinstance(begun, dict):
+        return next(iter(plan))
+    return next((key for key in [*plan, *begun] if begun.get(key) != plan.get(key)), None)

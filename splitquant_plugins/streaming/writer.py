@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 from types import TracebackType
 
 import torch
@@ -26,7 +27,8 @@ class ShardWriter:
     def __init__(self, path: Path, header: int) -> None:
         self.path = path
         self._header = header
-        self._temporary = path.with_name(f".{path.name}.partial")
+        # Several may write the same file, on several machines; the last one to finish stays.
+        self._temporary = path.with_name(f".{path.name}.{token_hex(4)}.partial")
         self._file = self._temporary.open("wb")
         self._file.seek(header)
         self._placed: dict[str, tuple[TensorSpec, int]] = {}

@@ -17,3 +17,16 @@ def test_checkpoint(python_path, monkeypatch, tmp_path):
     assert 0 < row["peak RSS, MiB"] < 2048
     assert row["written, GB"] > 0
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="reads the peak memory as Unix tells it")
+def test_cluster(python_path, monkeypatch, tmp_path):
+    pytest.importorskip("distributed")
+    import cluster
+
+    for name, value in python_path().items():
+        monkeypatch.setenv(name, value)
+    rows = cluster.run(smoke=True, folder=tmp_path)
+    assert [row["way"] for row in rows] == ["one process", "1 worker", "2 workers"]
+    assert all(row["MB/s"] > 0 and row["peak RSS, MiB"] > 0 for row in rows)
+    assert not list(tmp_path.iterdir())

@@ -240,7 +240,7 @@ def killing(self, *arguments):
         self._file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 ShardWriter._append = killing
-stream_model(Path(sys.argv[1]), Path(sys.argv[2]), SplitQuantPass(plugins=plugins), backend.packer(form), form,
+stream_model(Path(sys.argv[1]), Path(sys.argv[2]), SplitQuantPass(plugins=plugins), backend, form,
              shard_bytes=20_000)
 """
 
