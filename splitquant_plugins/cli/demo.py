@@ -13,7 +13,11 @@ from splitquant_plugins.cli.options import json_option, quiet_libraries
 if TYPE_CHECKING:
     from splitquant_plugins.evaluation.tables import Column
 
-WEIGHTS = ("int2", "int4", "int8")
+SPLIT = "auto"
+# The grids that quanto is free to choose, and one as chips have it that offer nothing but a scale per tensor.
+FREE = ("int2", "int4")
+RESTRICTED = ("int2", "tensor", None, "symmetric")
+PICTURE = "splitquant-demo.png"
 FULL = {"train_rows": 12000, "test_rows": 2000, "steps": 800}
 QUICK = {"train_rows": 400, "test_rows": 100, "steps": 5}
 PACKAGES = ("splitquant-plugins", "torch", "transformers", "optimum-quanto")
@@ -22,13 +26,17 @@ PACKAGES = ("splitquant-plugins", "torch", "transformers", "optimum-quanto")
 @click.command()
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--quick", is_flag=True, hidden=True, help="A few steps on a little data: for tests.")
+@click.option(
+    "--picture", type=click.Path(dir_okay=False, path_type=Path), default=PICTURE, show_default=True, help="A PNG."
+)
 @json_option
 @click.pass_context
-def demo(context: click.Context, seed: int, quick: bool, json_path: Path | None) -> None:
+def demo(context: click.Context, seed: int, quick: bool, picture: Path, json_path: Path | None) -> None:
     """Show what a split does, on a BERT-Tiny trained here and now. Needs no network, and about a minute.
 
     The model is trained from scratch on a generated text classification task, as one would train any model, and
-    then quantized by optimum-quanto, plain and split. The weights are what training made them.
+    then quantized, plain and with the default split: by optimum-quanto, whose grids are fine, and on the coarsest
+    grid of small chips, INT2 with one symmetric scale per tensor. The weights are what training made them.
     """
     import time
 
@@ -39,20 +47,24 @@ def demo(context: click.Context, seed: int, quick: bool, json_path: Path | None)
     from splitquant_plugins.checkpoints.transformers_models import require_transformers
     from splitquant_plugins.demo.corpus import LABELS
     from splitquant_plugins.demo.findings import findings
+    from splitquant_plugins.demo.picture import draw_accuracy
     from splitquant_plugins.demo.subject import train_subject
     from splitquant_plugins.demo.training import one_thread
     from splitquant_plugins.evaluation import tables as report
     from splitquant_plugins.evaluation.compare import compare, plan_runs
     from splitquant_plugins.evaluation.inspect_layers import count_outliers
     from splitquant_plugins.evaluation.metrics import linear_weights
+    from splitquant_plugins.evaluation.pictures import require_matplotlib
     from splitquant_plugins.plugins import Plugins
     from splitquant_plugins.progress import track
 
     started = time.perf_counter()
     require_transformers()
     plugins = context.find_object(Plugins) or Plugins.load()
-    requests = [WeightRequest(width) for width in WEIGHTS]
-    runs = plan_runs(plugins, ["quanto"], requests, ["none", "kmeans"], [seed])
+    free = plan_runs(plugins, ["quanto"], [WeightRequest(width) for width in FREE], ["none", SPLIT], [seed])
+    restricted = plan_runs(plugins, ["simulated"], [WeightRequest(*RESTRICTED)], ["none", SPLIT], [seed])
+    runs = [*free, *restricted]
+    require_matplotlib()
     quiet_libraries()
     sizes = QUICK if quick else FULL
     with one_thread():
@@ -77,14 +89,15 @@ def demo(context: click.Context, seed: int, quick: bool, json_path: Path | None)
         f"FP32: accuracy {report.percent(fp32)} on n = {n} unseen notes, seed {seed}; {number:,} Linear weights in "
         f"{report.kilobytes(4 * number)} kB, {100 * outliers / number:.2f} % of them outliers."
     )
-    report.print_table("optimum-quanto, plain and split", rows, _columns())
+    report.print_table("Plain weights and the default split", rows, _columns())
     for sentence in findings(rows):
         console.print(sentence)
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     console.print(f"{listed}; {time.perf_counter() - started:.0f} s.")
+    draw_accuracy(picture, rows)
+    console.print(f"Picture: {picture.resolve()}", soft_wrap=True, markup=False)
     console.print(
-        "A model trained for a minute has few outliers. See what yours has, and what a split gains on it: "
-        "splitquant inspect MODEL, splitquant compare MODEL --data DATA"
+        "What a split gains on a model of yours: splitquant compare MODEL --data DATA, splitquant inspect MODEL"
     )
     report.write_rows(json_path, rows)
 
@@ -102,6 +115,16 @@ def version_of(package: str) -> str:
 def _columns() -> Sequence[Column]:
     from splitquant_plugins.evaluation import tables as report
 
-    shown = ("weights", "split", "accuracy", "agreement", "logit_sqnr_db", "weight_sqnr_db")
+    shown = (
+        "backend",
+        "weights",
+        "granularity",
+        "scheme",
+        "split",
+        "accuracy",
+        "agreement",
+        "logit_sqnr_db",
+        "weight_sqnr_db",
+    )
     known = {column[0]: column for column in report.COMPARE_COLUMNS}
     return [known[key] for key in (*shown, "linear_bits_per_weight", "linear_bytes", "model_bytes")]

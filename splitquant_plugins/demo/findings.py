@@ -6,37 +6,53 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+Row = Mapping[str, Any]
+
 
 def half_interval(accuracy: float, n: int) -> float:
     """Half the 95 % interval of an accuracy measured on n rows (normal approximation)."""
     return 1.96 * math.sqrt(accuracy * (1 - accuracy) / n)
 
 
-def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One sentence per width, from its plain and its split row, and one on storage.
+def findings(rows: Sequence[Row]) -> list[str]:
+    """One sentence per target, from its plain and its split row, and one on storage; the largest gain comes last.
 
-    Rows are those of `compare`, one unsplit and one split for each width. A difference of less than the 95 %
+    Rows are those of `compare`, one unsplit and one split for each target. A difference of less than the 95 %
     interval of FP32's accuracy is called noise.
     """
     noise = half_interval(rows[0]["fp32_accuracy"], rows[0]["n"])
-    pairs = {width: _pair(rows, width) for width in dict.fromkeys(row["weights"] for row in rows)}
-    said = [_sentence(width.upper(), plain, split, noise) for width, (plain, split) in pairs.items()]
-    if "int2" in pairs and "int4" in pairs:
-        split, plain = pairs["int2"][1], pairs["int4"][0]
-        said.append(
-            f"Storage: the split at INT2 keeps {split['linear_bits_per_weight']:.2f} bits per weight for "
-            f"{100 * split['accuracy']:.1f} %, plain INT4 {plain['linear_bits_per_weight']:.2f} for "
-            f"{100 * plain['accuracy']:.1f} %: a split is for targets that do not have the wider integers."
-        )
-    return said
+    found = sorted(pairs(rows), key=lambda pair: pair[1]["accuracy"] - pair[0]["accuracy"])
+    said = [_sentence(target_of(plain), plain, split, noise) for plain, split in found]
+    storage = _storage(found)
+    return [*storage, *said]
 
 
-def _pair(rows: Sequence[Mapping[str, Any]], width: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    here = [row for row in rows if row["weights"] == width]
-    return next(row for row in here if row["split"] == "none"), next(row for row in here if row["split"] != "none")
+def pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """The plain and the split row of every target, in the order of the rows."""
+    found: dict[str, dict[bool, Row]] = {}
+    for row in rows:
+        found.setdefault(target_of(row), {})[row["split"] == "none"] = row
+    return [(of_target[True], of_target[False]) for of_target in found.values()]
 
 
-def _sentence(width: str, plain: Mapping[str, Any], split: Mapping[str, Any], noise: float) -> str:
+def target_of(row: Row) -> str:
+    """What a row's weights were rounded to, as `INT2 per tensor, symmetric (simulated)`."""
+    return f"{row['weights'].upper()} per {row['granularity']}, {row['scheme']} ({row['backend']})"
+
+
+def _storage(found: Sequence[tuple[Row, Row]]) -> list[str]:
+    split = [split for _, split in found if (split["backend"], split["weights"]) == ("quanto", "int2")]
+    plain = [plain for plain, _ in found if (plain["backend"], plain["weights"]) == ("quanto", "int4")]
+    if not split or not plain:
+        return []
+    return [
+        f"Storage: the split at INT2 keeps {split[0]['linear_bits_per_weight']:.2f} bits per weight for "
+        f"{100 * split[0]['accuracy']:.1f} %, plain INT4 {plain[0]['linear_bits_per_weight']:.2f} for "
+        f"{100 * plain[0]['accuracy']:.1f} %: a split is for targets that do not have the wider integers."
+    ]
+
+
+def _sentence(target: str, plain: Row, split: Row, noise: float) -> str:
     fp32 = plain["fp32_accuracy"]
     plain_change, split_change = plain["accuracy"] - fp32, split["accuracy"] - fp32
     if plain_change >= -noise and split_change >= -noise:
@@ -48,7 +64,7 @@ def _sentence(width: str, plain: Mapping[str, Any], split: Mapping[str, Any], no
     else:
         verdict = "the split does not help here"
     return (
-        f"{width}: plain {_points(plain_change)}, split {_points(split_change)} points against FP32 (noise "
+        f"{target}: plain {_points(plain_change)}, split {_points(split_change)} points against FP32 (noise "
         f"±{100 * noise:.1f}): {verdict}. Weight SQNR {plain['weight_sqnr_db']:.1f} dB plain, "
         f"{split['weight_sqnr_db']:.1f} dB split."
     )

@@ -47,12 +47,12 @@ def write_picture(path: Path, title: str, layers: Sequence[Inspection]) -> None:
     """Write all layers as one PNG, as one HTML page that needs nothing else, or as a folder of PNGs."""
     require_matplotlib()
     if path.suffix.lower() == ".png":
-        _save(path, overview(title, layers))
+        save_figure(path, overview(title, layers))
     elif path.suffix.lower() == ".html":
         write_text(path, page(title, layers))
     else:
         for layer in layers:
-            _save(path / f"{layer.layer or 'model'}.png".replace("/", "_"), portrait(layer))
+            save_figure(path / f"{layer.layer or 'model'}.png".replace("/", "_"), portrait(layer))
 
 
 def overview(title: str, layers: Sequence[Inspection]) -> Any:
@@ -62,7 +62,7 @@ def overview(title: str, layers: Sequence[Inspection]) -> Any:
     columns_wide = max(columns, 2)  # room for the title and the legend above a single panel
     header = 0.75
     width, height = columns_wide * PANEL_INCHES[0], rows * PANEL_INCHES[1] + header
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     heading = _shortened(title, int(9 * width))
     figure.text(0.12 / width, 1 - 0.28 / height, heading, fontsize=12, fontweight="bold", color=INK, va="center")
     for number, layer in enumerate(layers):
@@ -80,7 +80,7 @@ def overview(title: str, layers: Sequence[Inspection]) -> Any:
 def portrait(layer: Inspection) -> Any:
     """Return a figure of one layer."""
     width, height = 6.4, 3.4
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     _draw(figure.add_axes((0.09, 0.14, 0.88, 0.6)), layer, font=9, labels=True)
     _legend(figure, layer, 0.09, 0.95, bounded=bool(layer.boundaries))
     return figure
@@ -186,7 +186,8 @@ def _shortened(text: str, length: int, *, end: bool = True) -> str:
     return f"…{text[-length + 1 :]}" if end else f"{text[: length - 1]}…"
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty white figure of that size in inches, which needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -201,6 +202,7 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _save(path: Path, figure: Any) -> None:
+def save_figure(path: Path, figure: Any) -> None:
+    """Write a figure as a PNG, at once or not at all."""
     content = _png(figure)
     write_atomically(path, lambda temporary: temporary.write_bytes(content))

@@ -47,11 +47,21 @@ def test_vocabulary_encodes_as_a_tokenizer_does() -> None:
 
 
 def rows(plain: float, split: float) -> list[dict[str, Any]]:
-    common = {"fp32_accuracy": 0.9, "n": 2000, "weights": "int2", "weight_sqnr_db": 5.0}
-    return [
-        {**common, "split": "none", "accuracy": plain},
-        {**common, "split": "kmeans", "accuracy": split},
-    ]
+    return [row_of("none", plain), row_of("auto", split)]
+
+
+def row_of(split: str, accuracy: float, weights: str = "int2", granularity: str = "tensor") -> dict[str, Any]:
+    return {
+        "fp32_accuracy": 0.9,
+        "n": 2000,
+        "backend": "simulated",
+        "weights": weights,
+        "granularity": granularity,
+        "scheme": "symmetric",
+        "split": split,
+        "accuracy": accuracy,
+        "weight_sqnr_db": 5.0,
+    }
 
 
 @pytest.mark.parametrize(
@@ -70,6 +80,26 @@ def test_findings_say_what_the_rows_say(plain: float, split: float, verdict: str
     assert verdict in sentence
 
 
+def test_the_largest_gain_comes_last_whatever_the_order_of_the_rows() -> None:
+    found = [*rows(0.5, 0.9), row_of("none", 0.9, granularity="channel"), row_of("auto", 0.9, granularity="channel")]
+    assert [sentence.partition(":")[0] for sentence in findings(found)] == [
+        "INT2 per channel, symmetric (simulated)",
+        "INT2 per tensor, symmetric (simulated)",
+    ]
+
+
+def test_the_picture_is_a_png_of_all_targets(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from splitquant_plugins.demo.picture import draw_accuracy
+
+    target = tmp_path / "picture.png"
+    draw_accuracy(target, rows(0.5, 0.9))
+    one = target.read_bytes()
+    assert one.startswith(b"\x89PNG")
+    draw_accuracy(target, rows(0.6, 0.9))
+    assert target.read_bytes() != one
+
+
 def test_noise_is_the_interval_of_an_accuracy() -> None:
     assert half_interval(0.5, 100) == pytest.approx(0.098)
     assert half_interval(1.0, 100) == 0
@@ -77,21 +107,26 @@ def test_noise_is_the_interval_of_an_accuracy() -> None:
 
 def test_quick_demo_prints_and_writes_every_row(plugins: Plugins, tmp_path: Path) -> None:
     pytest.importorskip("optimum.quanto")
+    pytest.importorskip("matplotlib")
     before, threads = torch.random.get_rng_state(), torch.get_num_threads()
-    target = tmp_path / "rows.json"
-    result = CliRunner().invoke(demo, ["--quick", "--json", str(target)], obj=plugins, catch_exceptions=False)
+    target, picture = tmp_path / "rows.json", tmp_path / "picture.png"
+    options = ["--quick", "--json", str(target), "--picture", str(picture)]
+    result = CliRunner().invoke(demo, options, obj=plugins, catch_exceptions=False)
     assert result.exit_code == 0
     found = json.loads(target.read_text())
-    assert [(row["weights"], row["split"]) for row in found] == [
-        (weights, split) for weights in ("int2", "int4", "int8") for split in ("none", "kmeans")
+    targets = [("quanto", "int2", "channel"), ("quanto", "int4", "channel"), ("simulated", "int2", "tensor")]
+    assert [(row["backend"], row["weights"], row["granularity"], row["split"]) for row in found] == [
+        (*one, split) for one in targets for split in ("none", "auto")
     ]
     for row in found:
         assert row["n"] == 100
         assert row["layers_quantized"] == 14 * row["k"]
         assert row["versions"]["torch"] == torch.__version__
     assert found[1]["linear_bits_per_weight"] == pytest.approx(3 * found[0]["linear_bits_per_weight"])
-    for text in ("seed 0", "n = 100", "INT2:", "INT8:", "Storage:", "optimum-quanto "):
+    for text in ("seed 0", "n = 100", "INT2 per tensor, symmetric", "INT4 per channel", "Storage:", "optimum-quanto "):
         assert text in result.output
+    assert str(picture) in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.get_num_threads() == threads
 
