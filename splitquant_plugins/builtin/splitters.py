@@ -15,6 +15,7 @@ HOME = "splitquant_plugins.splitters"
 @hookimpl
 def splitquant_register_splitters(register: RegisterSplitter) -> None:
     """Register the built-in splitters."""
+    register("auto", f"{HOME}.auto:AutoSplitter", "the default: `grid` where the recipe's grid is known, else `kmeans`")
     register("kmeans", f"{HOME}.kmeans:KMeansSplitter", "the paper's: clusters of values, one per part")
     register("grid", f"{HOME}.grid:GridSplitter", "codes of all parts chosen jointly for the recipe's grid")
     register("residual", f"{HOME}.residual:ResidualSplitter", "each part carries what rounding the one before lost")

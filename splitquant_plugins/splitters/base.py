@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from splitquant_plugins.plan import SplitterOptions
 
-__all__ = ["Splitter", "SplitterOptions"]
+__all__ = ["Splitter", "SplitterOptions", "StandIn"]
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
 
     from splitquant_plugins.grid import Grid
     from splitquant_plugins.plan import TensorPlan
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """The splitter that does another's work, and why; the manifest records both."""
+
+    splitter: str
+    why: str
 
 
 class Splitter(ABC):
@@ -30,6 +39,10 @@ class Splitter(ABC):
     needs_grid: ClassVar[bool] = False
     splits_bias: ClassVar[bool] = False
     uses_calibration: ClassVar[bool] = False
+
+    def stand_in(self, grid: Grid | None) -> StandIn | None:
+        """Return the splitter that should split a layer of that grid instead; None: this one."""
+        return None
 
     @abstractmethod
     def split(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> Sequence[Tensor]:
