@@ -11,15 +11,20 @@ from splitquant_plugins.errors import ConfigError
 
 
 class SplitConfig(BaseModel):
-    """Options of SplitQuantPass; the defaults are the paper's."""
+    """Options of SplitQuantPass."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     k: int = Field(3, ge=1, le=16, description="parts per layer")
-    splitter: str = Field("kmeans", description="strategy that makes the parts; see `splitquant plugins`")
+    splitter: str = Field(
+        "auto",
+        description="strategy that makes the parts, see `splitquant plugins`; auto: `grid` where the recipe's grid is "
+        "known, else `kmeans`, the paper's",
+    )
     granularity: Literal["auto", "tensor", "channel"] = Field(
         "auto",
-        description="what is clustered at once; auto: a Linear's tensor, a convolution's output channel",
+        description="what is clustered at once; auto: the tensor where it shares one scale, else a Linear's tensor "
+        "and a convolution's output channel",
     )
     include: tuple[str, ...] = Field((), description="shell patterns of layer names; empty: all layers")
     exclude: tuple[str, ...] = Field((), description="shell patterns of layer names that stay whole")

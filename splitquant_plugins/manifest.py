@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -49,6 +50,10 @@ class LayerRecord(BaseModel):
     `shape` is the weight's with output channels first. `bias_parts` names the parts that hold a bias.
     `also_known_as` are further names that a shared module is reached by; `shared_with` names the layer whose
     parts this one shares because their weights were tied. `values` is there where DecoupleQPass ran.
+
+    `why` says what chose the `splitter`, where it was not asked for. Where the recipe's grid is known, `error_whole`
+    and `error_split` are the squared error that it makes of the whole and of the split weight, summed over the
+    weights, or with calibration data the mean squared error of the layer's outputs, summed over the outputs.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -63,6 +68,9 @@ class LayerRecord(BaseModel):
     dtype: str = ""
     granularity: str = ""
     splitter: str = ""
+    why: str = ""
+    error_whole: float | None = None
+    error_split: float | None = None
     k: int = Field(1, ge=1, le=16)
     parts: tuple[str, ...] = ()
     bias_parts: tuple[str, ...] = ()
@@ -96,6 +104,13 @@ class Manifest(BaseModel):
     def kept(self) -> list[LayerRecord]:
         """The layers that were left whole, each with a reason."""
         return [record for record in self.layers if record.action == "kept"]
+
+    @property
+    def harmed(self) -> list[LayerRecord]:
+        """The layers whose split makes a larger error on the recipe's grid than the whole layer, worst first."""
+        known = [r for r in self.split if r.error_whole is not None and r.error_split is not None]
+        ratios = [(r.error_split / r.error_whole if r.error_whole else math.inf, r) for r in known if r.error_split]
+        return [record for ratio, record in sorted(ratios, key=lambda pair: -pair[0]) if ratio > 1]
 
     @property
     def solved(self) -> list[LayerRecord]:

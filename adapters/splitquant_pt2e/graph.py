@@ -226,7 +226,7 @@ def _grid(
 def _record(layer: GraphLayer, tensors: SplitTensors | None, split_pass: SplitQuantPass) -> LayerRecord:
     if tensors is None:
         return ignored_record(layer.names, str(layer.reason), layer.kind)
-    return layer_record(layer.names, layer.plan, tensors, split_pass.config.splitter)
+    return layer_record(layer.names, layer.plan, tensors)
 
 
 def _nothing_split(records: Sequence[LayerRecord]) -> str:

@@ -23,9 +23,7 @@ from splitquant_plugins.cli.options import (
 @click.option("--data", required=True, help="Hub id, folder, or csv with the columns text,label.")
 @click.option("--backend", "backends", type=CommaList(), default="quanto", show_default=True)
 @click.option("--weights", type=CommaList(), default="int2,int4,int8", show_default=True)
-@click.option(
-    "--split", "splits", type=CommaList(), default="none,kmeans", show_default=True, help="Splitters, or none."
-)
+@click.option("--split", "splits", type=CommaList(), default="none,auto", show_default=True, help="Splitters, or none.")
 @click.option(
     "--method",
     "methods",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model")
-@click.option("--splitter", default="kmeans", show_default=True)
+@click.option("--splitter", default="auto", show_default=True)
 @click.option("--k", type=int, default=3, show_default=True, help="Parts per layer.")
 @click.option("--bits", type=click.IntRange(2, 8), default=2, show_default=True, help="Bits of the grid.")
 @click.option("--layer", "patterns", multiple=True, metavar="PATTERN", help="Only layers of such names; * for any.")

@@ -21,7 +21,7 @@ from splitquant_plugins.cli.options import (
 @click.argument("model")
 @click.option("--backend", default="quanto", show_default=True)
 @click.option("--weights", default="int4", show_default=True, help="int2, int4 or int8.")
-@click.option("--split", "splitter", default="kmeans", show_default=True, help="Splitter, or none.")
+@click.option("--split", "splitter", default="auto", show_default=True, help="Splitter, or none.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder to be made.")
 @click.option(

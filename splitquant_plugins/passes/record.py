@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from splitquant_plugins.errors import SplitQuantWarning
 from splitquant_plugins.manifest import LayerRecord, Manifest
 from splitquant_plugins.modules import part_names
 from splitquant_plugins.plugins import own_version
@@ -31,7 +33,7 @@ def new_manifest(
     )
 
 
-def layer_record(names: Sequence[str], plan: LayerPlan, tensors: SplitTensors, splitter: str) -> LayerRecord:
+def layer_record(names: Sequence[str], plan: LayerPlan, tensors: SplitTensors) -> LayerRecord:
     """Return the record of a layer whose tensors were split, or were found to stay whole."""
     if tensors.reason is not None:
         return ignored_record(names, tensors.reason, plan.kind)
@@ -44,8 +46,11 @@ def layer_record(names: Sequence[str], plan: LayerPlan, tensors: SplitTensors, s
         shared_with=tensors.shared_with,
         shape=tuple(plan.weight.shape),
         dtype=str(plan.weight.dtype).removeprefix("torch."),
-        granularity=plan.granularity,
-        splitter=splitter,
+        granularity=tensors.granularity,
+        splitter=tensors.splitter,
+        why=tensors.why,
+        error_whole=None if tensors.error is None else tensors.error.whole,
+        error_split=None if tensors.error is None else tensors.error.split,
         k=len(parts),
         parts=parts,
         bias_parts=tuple(n for n, part in zip(parts, tensors.bias, strict=True) if part is not None),
@@ -56,3 +61,17 @@ def layer_record(names: Sequence[str], plan: LayerPlan, tensors: SplitTensors, s
 def ignored_record(names: Sequence[str], reason: str, kind: str) -> LayerRecord:
     """Return the record of a layer that stays whole."""
     return LayerRecord(name=names[0], kind=kind, action="kept", reason=reason, also_known_as=tuple(names[1:]))
+
+
+def warn_of_harm(manifest: Manifest) -> None:
+    """Warn where splits that were asked for make the recipe's error larger."""
+    harmed = manifest.harmed
+    if harmed:
+        worst = harmed[0]
+        warnings.warn(
+            f"{len(harmed)} of {len(manifest.split)} split layers lose by their split on the recipe's grid, most "
+            f"of all {worst.name} (squared error {worst.error_whole:.4g} whole, {worst.error_split:.4g} split by "
+            f"{worst.splitter!r}); splitter='auto' leaves such layers whole",
+            SplitQuantWarning,
+            stacklevel=4,
+        )

@@ -16,11 +16,28 @@ from splitquant_plugins.passes.checks import refuse_malformed_parts, refuse_wron
 from splitquant_plugins.solvers.rounding_error import output_error
 
 if TYPE_CHECKING:
-    from splitquant_plugins.grid import Grid
+    from collections.abc import Sequence
+
+    from splitquant_plugins.grid import Granularity, Grid
     from splitquant_plugins.plan import LayerPlan, TensorPlan
     from splitquant_plugins.plugins import Plugins
 
 BUDGET_PARTS = (1, 2, 3, 4)
+# Sums of squares in another order differ by less, relative to the sum.
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Error of a layer's weight on the recipe's grid, `whole` and `split`; see `output_error`."""
+
+    whole: float
+    split: float
+
+    @property
+    def lowered(self) -> bool:
+        """Whether the split lowers the error by more than rounding."""
+        return self.split < self.whole * (1 - ROUNDING)
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,8 @@ class LayerTask:
 class SplitTensors:
     """The parts of one layer's weight and bias, or why it stays whole.
 
-    `shared_with` names the layer whose weight, and so whose parts, are those of this one.
+    `shared_with` names the layer whose weight, and so whose parts, are those of this one. `splitter` made the parts,
+    `why` says what chose it where it was not asked for, and `error` what the recipe's grid leaves, where it is known.
     """
 
     weight: list[Tensor]
@@ -46,6 +64,10 @@ class SplitTensors:
     seconds: float
     reason: str | None = None
     shared_with: str | None = None
+    splitter: str = ""
+    why: str = ""
+    granularity: Granularity = "tensor"
+    error: Errors | None = None
 
 
 class LayerSplitter:
@@ -56,32 +78,63 @@ class LayerSplitter:
 
     @torch.no_grad()
     def __call__(self, task: LayerTask) -> SplitTensors:
-        """Return the parts, as many of the weight as of the bias; what is no answer at all leaves the layer whole."""
+        """Return the parts, as many of the weight as of the bias; what is no answer at all leaves the layer whole.
+
+        Where the grid is known, so does a split that does not lower the error, unless its splitter always splits.
+        """
         started = time.perf_counter()
+        stand_in = self._plugins.splitter(task.weight_plan.splitter).stand_in(task.grid)
+        plan = task.weight_plan if stand_in is None else replace(task.weight_plan, splitter=stand_in.splitter)
+        splitter = self._plugins.splitter(plan.splitter)
         try:
-            weights = self._parts(task.weight, task.weight_plan, task.grid)
+            weights = self._parts(task.weight, plan, task.grid)
             if len(weights) == 1:
                 raise CannotSplit("one part is the layer itself")
-            found = [] if task.bias is None else self._bias_parts(task.bias, task.bias_plan, len(weights))
+            error = None if task.grid is None else _errors(task.weight, weights, task.grid, plan.second_moment)
+            if error is not None and not error.lowered and not splitter.always_splits:
+                raise CannotSplit(_no_gain(error, plan))
+            bias_plan = task.bias_plan if splitter.splits_bias else None
+            found = [] if task.bias is None else self._bias_parts(task.bias, bias_plan, plan.splitter, len(weights))
         except CannotSplit as answer:
             return SplitTensors([], [], time.perf_counter() - started, answer.reason)
-        except SplitFailedError as error:
-            return _failed(error, time.perf_counter() - started)
-        biases = [*found, *[None] * (len(weights) - len(found))]
-        return SplitTensors(weights, biases, time.perf_counter() - started)
+        except SplitFailedError as failure:
+            return _failed(failure, time.perf_counter() - started)
+        return SplitTensors(
+            weights,
+            [*found, *[None] * (len(weights) - len(found))],
+            time.perf_counter() - started,
+            splitter=plan.splitter,
+            why="" if stand_in is None else stand_in.why,
+            granularity=plan.granularity,
+            error=error,
+        )
 
     def _parts(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> list[Tensor]:
         parts = self._plugins.split_tensor(tensor, plan, grid)
         refuse_malformed_parts(f"{plan.layer}.{plan.role}", tensor, parts, plan.k)
         return parts
 
-    def _bias_parts(self, bias: Tensor, plan: TensorPlan | None, k: int) -> list[Tensor]:
+    def _bias_parts(self, bias: Tensor, plan: TensorPlan | None, splitter: str, k: int) -> list[Tensor]:
         if plan is None:
             return [bias.clone()]
         try:
-            return self._parts(bias, replace(plan, k=k), None)
+            return self._parts(bias, replace(plan, k=k, splitter=splitter), None)
         except CannotSplit:  # a constant bias, often all zero, stays in the first part
             return [bias.clone()]
+
+
+def _errors(weight: Tensor, parts: Sequence[Tensor], grid: Grid, second_moment: Tensor | None) -> Errors:
+    return Errors(
+        output_error(weight, [weight], grid, second_moment), output_error(weight, parts, grid, second_moment)
+    )
+
+
+def _no_gain(error: Errors, plan: TensorPlan) -> str:
+    what = "the weight's" if plan.second_moment is None else "the outputs'"
+    return (
+        f"on the recipe's grid its split by {plan.splitter!r} does not lower {what} squared error: "
+        f"{error.whole:.4g} whole, {error.split:.4g} split"
+    )
 
 
 class CandidateMeasure:

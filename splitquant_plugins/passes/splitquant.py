@@ -21,7 +21,7 @@ from splitquant_plugins.passes.build import build_split, replace_everywhere
 from splitquant_plugins.passes.calibration import Batches, LayerMoments
 from splitquant_plugins.passes.checks import refuse_unfit_model, refuse_unfit_weights
 from splitquant_plugins.passes.module_tree import restored_on_error
-from splitquant_plugins.passes.record import ignored_record, layer_record, new_manifest
+from splitquant_plugins.passes.record import ignored_record, layer_record, new_manifest, warn_of_harm
 from splitquant_plugins.passes.select import Layer, select_layers
 from splitquant_plugins.passes.split_layer import (
     CandidateMeasure,
@@ -136,7 +136,7 @@ class SplitQuantPass(ModelPass):
                 module = self._build(layer, tensors)
                 checked = check_split(layer.name, layer.plan, tensors)
                 model = model if checked.reason else replace_everywhere(model, layer.names, module)
-                self._record(manifest, layer_record(layer.names, layer.plan, checked, self.config.splitter))
+                self._record(manifest, layer_record(layer.names, layer.plan, checked))
             return self._finish(model, manifest, started)
 
     def _select(self, model: nn.Module, ignore: Sequence[str], manifest: Manifest) -> list[Layer]:
@@ -220,6 +220,7 @@ class SplitQuantPass(ModelPass):
         if self.config.untie_embeddings:
             forget_tied_embeddings(model)
         manifest.seconds = time.perf_counter() - started
+        warn_of_harm(manifest)
         set_manifest(model, manifest)
         self.plugins.after_split(model, manifest)
         return model
@@ -230,6 +231,11 @@ class SplitQuantPass(ModelPass):
             raise ConfigError(
                 f"{who} needs the grid that the parts will be rounded to: attach the "
                 "pass to a recipe (SplitQuantPass(...) + recipe), or call .apply(model, grid=UniformGrid(...))"
+            )
+        if grid is None and self.calibration is not None:
+            raise ConfigError(
+                "calibration weighs the errors that a grid makes, and none is known: attach the pass to a recipe, or "
+                "call .apply(model, grid=UniformGrid(...))"
             )
 
     def split_tensors(self, name: str, plan: LayerPlan, grid: Grid | GridRule | None = None) -> SplitTensors:
@@ -249,12 +255,13 @@ class SplitQuantPass(ModelPass):
         second_moment: Tensor | None = None,
     ) -> LayerTask:
         """Return the work on one layer's tensors: in `k` parts, or as many as the options say."""
+        known = grid(name) if callable(grid) else grid
         weight_plan = TensorPlan(
             layer=name,
             role="weight",
             k=self.config.k if k is None else k,
             splitter=self.config.splitter,
-            granularity=plan.granularity,
+            granularity=_clustered_together(plan, self.config, known),
             options=self.splitter_options,
             seed=self.config.seed,
             second_moment=second_moment,
@@ -263,7 +270,13 @@ class SplitQuantPass(ModelPass):
         if self.config.split_bias and self._splitter.splits_bias:
             bias_plan = replace(weight_plan, role="bias", granularity="tensor")
         bias = None if plan.bias is None else plan.bias.detach()
-        return LayerTask(plan.weight.detach(), bias, weight_plan, bias_plan, grid(name) if callable(grid) else grid)
+        return LayerTask(plan.weight.detach(), bias, weight_plan, bias_plan, known)
+
+
+def _clustered_together(plan: LayerPlan, config: SplitConfig, grid: Grid | None) -> Granularity:
+    """What is clustered at once: with one scale for the tensor, the tensor, unless the user said otherwise."""
+    one_scale = grid is not None and grid.granularity == "tensor"
+    return "tensor" if config.granularity == "auto" and one_scale else plan.granularity
 
 
 def _identity(tensor: Tensor) -> object:

@@ -33,12 +33,15 @@ class Splitter(ABC):
     `needs_grid`: the splitter cannot work without the grid of the recipe it precedes.
     `splits_bias`: it also splits biases; otherwise a bias stays in one part.
     `uses_calibration`: it makes use of `plan.second_moment`.
+    `always_splits`: it splits a layer also where the recipe's grid is known and makes more of an error of the parts
+    than of the whole, which the manifest and a warning then say; of other splitters the layer stays whole.
     """
 
     Options: ClassVar[type[SplitterOptions]] = SplitterOptions
     needs_grid: ClassVar[bool] = False
     splits_bias: ClassVar[bool] = False
     uses_calibration: ClassVar[bool] = False
+    always_splits: ClassVar[bool] = False
 
     def stand_in(self, grid: Grid | None) -> StandIn | None:
         """Return the splitter that should split a layer of that grid instead; None: this one."""

@@ -40,6 +40,7 @@ class KMeansSplitter(Splitter):
 
     Options: ClassVar[type[SplitterOptions]] = KMeansOptions
     splits_bias: ClassVar[bool] = True
+    always_splits: ClassVar[bool] = True
 
     def split(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> list[Tensor]:
         """Cluster all values together, or those of each index of dimension 0; see `Splitter.split`.

@@ -88,7 +88,7 @@ class Shards:
         if unit.plan is not None:
             plan = replace(unit.plan, weight=tensors["weight"], bias=tensors.get("bias"))
             split = self._first.split_tensors(name, plan, self._packer.grid)
-            done.layer = layer_record(unit.names, plan, split, self._first.config.splitter)
+            done.layer = layer_record(unit.names, plan, split)
             parts = list(zip((f"{name}.{part}" for part in done.layer.parts), split.weight, split.bias, strict=True))
             split.weight.clear()
             del plan

@@ -69,7 +69,8 @@ def test_the_default_is_the_papers(models):
     assert low.max() < mid.min()
     assert mid.max() < high.min()
     manifest = manifest_of(model)
-    assert manifest.config.splitter == "kmeans"
+    assert manifest.config.splitter == "auto"
+    assert {record.splitter for record in manifest.split} == {"kmeans"}
     assert [record.name for record in manifest.split] == ["0", "2", "4"]
     assert all(record.reason is None and record.k == 3 for record in manifest.split)
 
