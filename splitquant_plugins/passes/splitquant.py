@@ -37,7 +37,8 @@ from splitquant_plugins.plugins import Plugins
 from splitquant_plugins.progress import track
 
 if TYPE_CHECKING:
-    from splitquant_plugins.grid import Grid
+    from splitquant_plugins.config import SplitConfig
+    from splitquant_plugins.grid import Granularity, Grid
     from splitquant_plugins.modules import SplitModule
     from splitquant_plugins.passes.select import AnyLayer
 
