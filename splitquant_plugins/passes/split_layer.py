@@ -124,9 +124,7 @@ class LayerSplitter:
 
 
 def _errors(weight: Tensor, parts: Sequence[Tensor], grid: Grid, second_moment: Tensor | None) -> Errors:
-    return Errors(
-        output_error(weight, [weight], grid, second_moment), output_error(weight, parts, grid, second_moment)
-    )
+    return Errors(output_error(weight, [weight], grid, second_moment), output_error(weight, parts, grid, second_moment))
 
 
 def _no_gain(error: Errors, plan: TensorPlan) -> str:
