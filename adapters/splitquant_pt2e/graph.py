@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,16 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from splitquant_plugins.errors import AlreadyQuantizedError, AlreadySplitError, ConfigError, InputError
+from splitquant_plugins.errors import (
+    AlreadyQuantizedError,
+    AlreadySplitError,
+    ConfigError,
+    InputError,
+    SplitQuantWarning,
+)
 from splitquant_plugins.manifest import ATTRIBUTE, LayerRecord, Manifest, set_manifest
 from splitquant_plugins.passes.checks import refuse_unfit_weights
-from splitquant_plugins.passes.record import ignored_record, layer_record, new_manifest
+from splitquant_plugins.passes.record import ignored_record, layer_record, new_manifest, warn_of_harm
 from splitquant_plugins.passes.select import (
     NOT_QUANTIZED,
     Layer,
@@ -64,6 +71,8 @@ def split_graph(
     graph carries the annotations of a PT2E quantizer: layers whose weight it does not quantize stay whole, the
     parts take over the layers' annotations, and `grid` is inferred from them.
 
+    Where every layer stays whole because its split would gain nothing, a warning says so.
+
     Raises InputError for what is no exported graph or holds no layer that can be split, AlreadySplitError,
     AlreadyQuantizedError, and ConfigError for patterns that match nothing or a splitter without its grid.
     """
@@ -79,14 +88,16 @@ def split_graph(
         layer.name: check_split(layer.name, layer.plan, tensors)
         for layer, tensors in split_pass.split_layers(model, chosen, grids.get)
     }
-    if not any(tensors.reason is None for tensors in split.values()):
-        raise InputError(_nothing_split([_record(layer, split.get(layer.name), split_pass) for layer in layers]))
+    if not chosen:
+        raise InputError(_nothing_split([_record(layer, None) for layer in layers]))
     integers = annotated and any(writes_integers(call) for layer in layers for call in layer.calls)
     if integers:
         weights = {layer.name: layer.plan.weight for layer in chosen}
         specs = {layer.name: output_spec(layer.calls[0].node) for layer in chosen}
         split = weighed(split, weights, grids, specs, split_pass.config.splitter)
-    records = [_record(layer, split.get(layer.name), split_pass) for layer in layers]
+    records = [_record(layer, split.get(layer.name)) for layer in layers]
+    if not any(record.action == "split" for record in records):
+        warnings.warn(_nothing_split(records), SplitQuantWarning, stacklevel=2)
     calls = _rewrite(model, [(layer, split[layer.name]) for layer in chosen if split[layer.name].reason is None])
     if integers:
         give_sums_scales(calls)
@@ -101,6 +112,7 @@ def split_graph(
         manifest.layers.append(record)
         split_pass.plugins.after_layer(record)
     manifest.seconds = time.perf_counter() - started
+    warn_of_harm(manifest)
     set_manifest(model, manifest)
     model.meta[ATTRIBUTE] = manifest  # prepare_pt2e and convert_pt2e hand on the meta, and no attributes
     split_pass.plugins.after_split(model, manifest)
@@ -223,7 +235,7 @@ def _grid(
         ) from error
 
 
-def _record(layer: GraphLayer, tensors: SplitTensors | None, split_pass: SplitQuantPass) -> LayerRecord:
+def _record(layer: GraphLayer, tensors: SplitTensors | None) -> LayerRecord:
     if tensors is None:
         return ignored_record(layer.names, str(layer.reason), layer.kind)
     return layer_record(layer.names, layer.plan, tensors)

@@ -206,6 +206,7 @@ def test_the_grid_of_each_layer_reaches_the_splitter(net, plugins):
 
     class Spy(Splitter):
         needs_grid = True
+        always_splits = True
 
         def split(self, tensor, plan, grid):
             seen[plan.layer] = grid

@@ -209,6 +209,7 @@ def test_grid_rule_reaches_the_splitter(pt2e_plugins, export, nets):
 
     class Needs(Splitter):
         needs_grid = True
+        always_splits = True
 
         def split(self, tensor, plan, grid):
             assert grid.bits == 4

@@ -119,7 +119,7 @@ def test_x86_grid_floors_scales_as_its_observer_does(x86, split, quantize):
     model = nn.Sequential(nn.Linear(16, 4))
     with torch.no_grad():
         model[0].weight *= 0.01
-    graph = quantize(model, split() + x86(), torch.randn(2, 16))
+    graph = quantize(model, split(splitter="kmeans") + x86(), torch.randn(2, 16))
     parts = stored_weights(graph)["0"]
     grid = Pt2eGrid(-128, 127, "symmetric", "channel", 2**-12)
     lower = [torch.where(part.weight != 0, model[0].weight, 0) for part in parts]

@@ -172,7 +172,7 @@ class DerivedBias(GlobalQuantizer):
 def test_derived_bias_scales_follow_the_parts(split, quantize, nets, images, count):
     plain = quantize(nets.residual(), DerivedBias(), images)
     with pytest.warns(SplitQuantWarning, match="cost more than the split gains in 3 of 3 layers"):
-        graph = quantize(nets.residual(), split() + DerivedBias(), images)
+        graph = quantize(nets.residual(), split(splitter="kmeans") + DerivedBias(), images)
     assert count(graph)["dequantize_per_channel"] == 3 * count(plain)["dequantize_per_channel"]
     for node in graph.graph.nodes:
         if node.target == aten.conv2d.default:
@@ -238,12 +238,12 @@ def test_quantized_graph_is_refused(split, quantize, nets, images):
         prepare_pt2e(graph, split() + LowBitWeightQuantizer())
 
 
-def test_nothing_to_split_is_an_error(split, quantize):
+def test_nothing_to_split_is_an_error_and_nothing_to_gain_a_warning(split, quantize):
     with pytest.raises(InputError, match="no Linear or convolution"):
         quantize(nn.ReLU(), split() + GlobalQuantizer(), torch.randn(2, 3))
     model = nn.Sequential(nn.Linear(3, 3))
     nn.init.constant_(model[0].weight, 0.5)
-    with pytest.raises(InputError, match="no layer of the graph was split"):
+    with pytest.warns(SplitQuantWarning, match="no layer of the graph was split"):
         quantize(model, split() + GlobalQuantizer(), torch.randn(2, 3))
 
 
@@ -267,6 +267,7 @@ def test_splitter_gets_the_grid_of_the_recipe(pt2e_plugins, x86, quantize, nets,
 
     class Greedy(Splitter):
         needs_grid = True
+        always_splits = True
 
         def split(self, tensor, plan, grid):
             seen[plan.layer, plan.role] = grid
