@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from splitquant_plugins import SplitQuantPass, manifest_of
+from splitquant_plugins.checkpoints.source import SINGLE_FILE
 from splitquant_plugins.errors import AlreadySplitError, InputError, SkeletonMismatchError, SplitQuantError
 from splitquant_plugins.manifest import FILE_NAME
 
@@ -20,9 +21,9 @@ pytest.importorskip("transformers")
 
 from splitquant_quanto import QuantizedSplitModel, load, save  # noqa: E402
 from splitquant_quanto.quantization import quantize_after  # noqa: E402
-from splitquant_quanto.storage import QMAP_FILE, STORAGE_FILE, WEIGHTS_FILE  # noqa: E402
+from splitquant_quanto.storage import QMAP_FILE, STORAGE_FILE  # noqa: E402
 
-FILES = {WEIGHTS_FILE, QMAP_FILE, STORAGE_FILE, FILE_NAME}
+FILES = {SINGLE_FILE, QMAP_FILE, STORAGE_FILE, FILE_NAME}
 
 
 def outputs(model, *inputs):
@@ -136,7 +137,7 @@ def test_weights_are_stored_packed(split, models, tmp_path):
     model = models.bert()
     numbers = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     save(split(model, "int2"), tmp_path)
-    packed = [t for name, t in load_file(tmp_path / WEIGHTS_FILE).items() if t.dtype == torch.uint8]
+    packed = [t for name, t in load_file(tmp_path / SINGLE_FILE).items() if t.dtype == torch.uint8]
     assert sum(t.numel() for t in packed) <= 3 * numbers / 4 * 1.2
 
 
@@ -170,9 +171,9 @@ def test_a_truncated_file_is_named(bert_folder, name, keep):
 
 
 def change_state(folder, change):
-    state = load_file(folder / WEIGHTS_FILE)
+    state = load_file(folder / SINGLE_FILE)
     change(state)
-    save_file(state, folder / WEIGHTS_FILE)
+    save_file(state, folder / SINGLE_FILE)
 
 
 def rename(state):
