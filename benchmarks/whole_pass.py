@@ -32,7 +32,7 @@ def _compare(name: str, model: nn.Module, runs: int) -> dict[str, Any]:
         return SplitQuantPass(**options)(copy.deepcopy(model))
 
     split = apply()
-    (ours, theirs), ratio = alternate(lambda: apply(), lambda: apply(method="sklearn"), runs)
+    (ours, theirs), ratio = alternate(lambda: apply(), lambda: apply(splitter="kmeans", method="sklearn"), runs)
     return {
         "model": name,
         "layers split": len(manifest_of(split).split),

@@ -10,10 +10,10 @@ from splitquant_plugins.config import config_from
 from splitquant_plugins.errors import ConfigError, SplitQuantError
 
 
-def test_the_defaults_are_the_papers():
+def test_the_defaults_are_the_papers_but_for_the_splitter():
     config = SplitQuantPass().config
     assert config == SplitConfig()
-    assert (config.k, config.splitter, config.granularity) == (3, "kmeans", "auto")
+    assert (config.k, config.splitter, config.granularity) == (3, "auto", "auto")
     assert (config.split_bias, config.activations, config.fold_batchnorm) == (True, False, True)
 
 

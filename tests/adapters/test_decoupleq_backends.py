@@ -88,7 +88,9 @@ def test_the_backend_stores_the_solution(name, options, plugins, batches, tmp_pa
 )
 def test_behind_a_split_the_parts_serve_their_sum(name, options, plugins, batches, tmp_path):
     backend, form = choose(name, plugins, **options)
-    first = SplitQuantPass(k=2, plugins=plugins) + DecoupleQPass(calibration=batches, plugins=plugins, **FAST)
+    first = SplitQuantPass(k=2, splitter="kmeans", plugins=plugins) + DecoupleQPass(
+        calibration=batches, plugins=plugins, **FAST
+    )
     reference = first.apply(small_classifier(), grid=backend.grid(form))
     quantized = backend.quantize(small_classifier(), form, first, [small_batch()])
     assert quantized.layers_quantized == 16

@@ -83,7 +83,7 @@ def test_options_reach_the_pass_and_the_grid(plugins: Plugins, model: Path, tmp_
     assert four[0]["scaling_factor"] == pytest.approx(5 * two[0]["scaling_factor"])
     assert four[0]["channel_plain_bits_per_weight"] > two[0]["channel_plain_bits_per_weight"] + 2 - 1e-9
     exact = rows_of(plugins, tmp_path, model, "--layer", "*query")
-    sklearn = rows_of(plugins, tmp_path, model, "--layer", "*query", "-O", "method=sklearn")
+    sklearn = rows_of(plugins, tmp_path, model, "--layer", "*query", "--splitter", "kmeans", "-O", "method=sklearn")
     assert len(exact) == len(sklearn) == 1
 
 
@@ -144,7 +144,7 @@ def test_a_layer_that_stays_whole_says_why(plugins: Plugins) -> None:
     net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     with torch.no_grad():
         net[1].weight.fill_(1.0)
-    found = list(inspections(net, SplitQuantPass(plugins=plugins), 2, progress=False))
+    found = list(inspections(net, SplitQuantPass(plugins=plugins, splitter="kmeans"), 2, progress=False))
     assert found[0].reason is None
     assert found[1].reason is not None
     assert "equal" in found[1].reason

@@ -17,6 +17,7 @@ from splitquant_plugins.errors import (
     AlreadySplitError,
     ConfigError,
     InputError,
+    PluginError,
     SplitFailedError,
 )
 from splitquant_plugins.grid import UniformGrid
@@ -346,7 +347,7 @@ def test_a_splitter_that_fails_midway_leaves_the_model_as_it_was(models, images,
     reference = copy.deepcopy(model)
     before = list(model.named_modules())
     state = {name: id(tensor) for name, tensor in model.named_parameters()}
-    with pytest.raises(RuntimeError, match="midway"):
+    with pytest.raises(PluginError, match=r"head.weight: splitter 'test' .* RuntimeError: midway"):
         SplitQuantPass(plugins=with_splitter(split), splitter="test", activations=True)(model)
     assert list(model.named_modules()) == before
     assert {name: id(tensor) for name, tensor in model.named_parameters()} == state

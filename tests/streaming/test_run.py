@@ -153,7 +153,7 @@ def test_layers_that_cannot_be_split_stay_whole(checkpoints, stream, plugins, tm
         model.bert.encoder.layer[0].output.dense.weight.fill_(0.5)
         model.classifier.weight.copy_((torch.arange(192) % 2).reshape(3, 64))
     folder = checkpoints.save(model)
-    made = stream(folder)
+    made = stream(folder, splitter="kmeans")
     (kept,) = [layer for layer in made.manifest.kept if layer.name == "bert.encoder.layer.0.output.dense"]
     assert "all its values are equal" in kept.reason
     request = WeightRequest("int4")
@@ -283,8 +283,8 @@ def half_done(checkpoints, stream, monkeypatch):
 def test_other_options_are_not_mixed_in(half_done, stream, tmp_path):
     with pytest.raises(InputError, match=r"streamed\.partial is half done, and was begun with another options"):
         stream(half_done, k=2)
-    with pytest.raises(InputError, match="begun with another splitter options"):
-        stream(half_done, method="sklearn")
+    with pytest.raises(InputError, match="begun with another options"):
+        stream(half_done, splitter="kmeans")
     with pytest.raises(InputError, match="begun with another weight format"):
         stream(half_done, weights="int2")
     with pytest.raises(InputError, match="begun with another shard size"):

@@ -40,7 +40,7 @@ def test_quantize_save_and_load(split, nets, batch, tmp_path):
     backend = Pt2eBackend()
     chosen = backend.resolve(WeightRequest("int4"))
     plain = backend.quantize(copy.deepcopy(model), chosen, batches=[batch])
-    parts = backend.quantize(copy.deepcopy(model), chosen, split(), [batch])
+    parts = backend.quantize(copy.deepcopy(model), chosen, split(splitter="kmeans"), [batch])
     assert set(plain.layers) == set(parts.layers) == set(linears)
     assert (plain.layers_quantized, parts.layers_quantized) == (len(linears), 3 * len(linears))
     assert plain.manifest is None

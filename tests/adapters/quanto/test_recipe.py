@@ -52,8 +52,8 @@ def test_from_pretrained_splits_then_quantizes(saved, recipe, plugins, tokens, w
     assert len(manifest.split) == 14
     assert len(quantized_layers(model)) == 3 * 14
     float_model = load(saved)
-    plain = SplitQuantPass(plugins=plugins)(copy.deepcopy(float_model))
     grid = QuantoGrid(int(weights[3:]))
+    plain = SplitQuantPass(plugins=plugins).apply(copy.deepcopy(float_model), grid=grid)
     for record in manifest.split:
         for part in record.parts:
             name = f"{record.name}.{part}"
