@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from splitquant_plugins.evaluation.tables import Column
 
 SPLIT = "auto"
-# The grids that quanto is free to choose, and one as chips have it that offer nothing but a scale per tensor.
 FREE = ("int2", "int4")
-RESTRICTED = ("int2", "tensor", None, "symmetric")
 PICTURE = "splitquant-demo.png"
 FULL = {"train_rows": 12000, "test_rows": 2000, "steps": 800}
 QUICK = {"train_rows": 400, "test_rows": 100, "steps": 5}
@@ -62,7 +60,13 @@ def demo(context: click.Context, seed: int, quick: bool, picture: Path, json_pat
     require_transformers()
     plugins = context.find_object(Plugins) or Plugins.load()
     free = plan_runs(plugins, ["quanto"], [WeightRequest(width) for width in FREE], ["none", SPLIT], [seed])
-    restricted = plan_runs(plugins, ["simulated"], [WeightRequest(*RESTRICTED)], ["none", SPLIT], [seed])
+    restricted = plan_runs(
+        plugins,
+        ["simulated"],
+        [WeightRequest("int2", granularity="tensor", scheme="symmetric")],
+        ["none", SPLIT],
+        [seed],
+    )
     runs = [*free, *restricted]
     require_matplotlib()
     quiet_libraries()
