@@ -7,6 +7,8 @@ import pytest
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the benchmark limits memory as Linux does")
 def test_checkpoint(python_path, monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("optimum.quanto")
     import checkpoint
 
     for name, value in python_path().items():
@@ -21,7 +23,8 @@ def test_checkpoint(python_path, monkeypatch, tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="reads the peak memory as Unix tells it")
 def test_cluster(python_path, monkeypatch, tmp_path):
-    pytest.importorskip("distributed")
+    for package in ("distributed", "transformers", "optimum.quanto"):
+        pytest.importorskip(package)
     import cluster
 
     for name, value in python_path().items():

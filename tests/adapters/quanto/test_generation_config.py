@@ -6,11 +6,12 @@ import json
 
 import pytest
 import splitquant_quanto
-import transformers
-from optimum.quanto import freeze, qint4, quantize
 
 from splitquant_plugins import SplitQuantPass
 from splitquant_plugins.errors import InputError
+
+quanto = pytest.importorskip("optimum.quanto")
+transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture
@@ -19,8 +20,8 @@ def folder(models, tmp_path):
     model.generation_config.eos_token_id = [7, 9]
     model.generation_config.max_new_tokens = 11
     SplitQuantPass()(model)
-    quantize(model, weights=qint4)
-    freeze(model)
+    quanto.quantize(model, weights=quanto.qint4)
+    quanto.freeze(model)
     splitquant_quanto.save(model, tmp_path)
     return tmp_path
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from optimum.quanto import qint8, quantize
-from optimum.quanto.nn import QModuleMixin
 from torch import nn
 
 from splitquant_plugins import SplitQuantPass
 from splitquant_plugins.errors import ConfigError
+
+pytest.importorskip("optimum.quanto")
+
+from optimum.quanto import qint8, quantize
+from optimum.quanto.nn import QModuleMixin
 
 
 @pytest.fixture
