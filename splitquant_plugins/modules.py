@@ -150,14 +150,11 @@ class SplitModule(nn.Module):
         return super().train(mode)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Return what torch.jit.script compiles in place of this layer; InputError for parts it cannot compile."""
-        for name, part in zip(self.part_names, self.parts(), strict=True):
-            if type(part) not in SCRIPTABLE:
-                raise InputError(
-                    f"torch.jit.script compiles no {type(part).__name__} ({name} of a {type(self).__name__}): script "
-                    "the split model before it is quantized, or use torch.jit.trace or torch.export"
-                )
-        return ScriptableSum(self.parts())
+        """Say why torch.jit.script cannot compile this layer: it knows no loop over named children."""
+        raise InputError(
+            f"torch.jit.script compiles no {type(self).__name__}; use torch.jit.trace, torch.export or torch.compile, "
+            "or script the model before the split"
+        )
 
     def forget_fused(self) -> None:
         """Drop what fusing materialised; it is made anew when the layer next runs fused."""
@@ -168,25 +165,6 @@ class SplitModule(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.forget_fused()
         super()._load_from_state_dict(*args, **kwargs)
-
-
-SCRIPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-class ScriptableSum(nn.Module):
-    """A split layer for torch.jit.script, which knows no loop over named children: its parts are in a list."""
-
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.first = parts[0]
-        self.rest = nn.ModuleList(parts[1:])
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Sum what the parts make of the input."""
-        output = self.first(input)
-        for part in self.rest:
-            output = output + part(input)
-        return output
 
 
 def _tell_installed_plugins(split: SplitModule, part: str, module: nn.Module) -> None:

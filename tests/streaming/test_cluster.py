@@ -97,7 +97,8 @@ class Machines:
         command = [sys.executable, "-m", f"distributed.cli.dask_{kind}", *map(str, arguments), "--no-dashboard"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [first, self.path]))}
         with (self._folder / f"{kind}.txt").open("ab") as output:
-            return subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+            # Not in the checkout, where a build may have left metadata that Python would find first.
+            return subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=self._folder)
 
     def _wait(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120
