@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from splitquant_plugins.plan import LayerPlan, TensorPlan
     from splitquant_plugins.plugins import Plugins
 
-BUDGET_PARTS = (1, 2, 3, 4)
+MOST_BUDGET_PARTS = 4
 # Sums of squares in another order differ by less, relative to the sum.
 ROUNDING = 1e-9
 
@@ -150,14 +150,12 @@ class CandidateMeasure:
         weight, plan, grid = task.weight, task.weight_plan, task.grid
         if grid is None:
             raise ConfigError(f"budget: the recipe states no grid for {plan.layer}, so gains cannot be measured")
-        candidates = []
-        for k in BUDGET_PARTS:
-            one = replace(task, bias=None, weight_plan=replace(plan, k=k))
-            parts = [weight] if k == 1 else self._split(one).weight
-            if parts:
-                error = output_error(weight, parts, grid, plan.second_moment)
-                bits = len(parts) * grid.stored_bits(weight.shape)
-                candidates.append(Candidate(k, bits, error))
+        bits = grid.stored_bits(weight.shape)
+        candidates = [Candidate(1, bits, output_error(weight, [weight], grid, plan.second_moment))]
+        for k in range(2, MOST_BUDGET_PARTS + 1):
+            split = self._split(replace(task, bias=None, weight_plan=replace(plan, k=k)))
+            if split.error is not None:
+                candidates.append(Candidate(k, len(split.weight) * bits, split.error.split))
         return candidates
 
 

@@ -267,9 +267,7 @@ class SplitQuantPass(ModelPass):
             seed=self.config.seed,
             second_moment=second_moment,
         )
-        bias_plan = None
-        if self.config.split_bias and self._splitter.splits_bias:
-            bias_plan = replace(weight_plan, role="bias", granularity="tensor")
+        bias_plan = replace(weight_plan, role="bias", granularity="tensor") if self.config.split_bias else None
         bias = None if plan.bias is None else plan.bias.detach()
         return LayerTask(plan.weight.detach(), bias, weight_plan, bias_plan, known)
 

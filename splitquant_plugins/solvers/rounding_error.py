@@ -84,8 +84,7 @@ def rounds_by_ends(grid: Grid, tensor: Tensor) -> bool:
 
 def weight_error(tensor: Tensor, parts: Sequence[Tensor], grid: Grid) -> float:
     """Sum of squared differences between `tensor` and what the backend makes of its parts."""
-    rounded = quantized_sum(parts, grid)
-    return float((tensor.to(rounded.dtype) - rounded).square().sum(dtype=torch.float64))
+    return output_error(tensor, parts, grid)
 
 
 def output_error(tensor: Tensor, parts: Sequence[Tensor], grid: Grid, second_moment: Tensor | None = None) -> float:
@@ -94,7 +93,7 @@ def output_error(tensor: Tensor, parts: Sequence[Tensor], grid: Grid, second_mom
     `second_moment` is H, shape [groups, d, d] with d = tensor[0].numel(); output channels are split evenly
     over the groups. E is the difference that rounding the parts makes.
     """
-    return float(row_error(tensor, quantized_sum(parts, grid), second_moment).sum())
+    return float(split_error(tensor, parts, grid, second_moment).sum())
 
 
 def row_error(tensor: Tensor, rounded: Tensor, second_moment: Tensor | None = None) -> Tensor:

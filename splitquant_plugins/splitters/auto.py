@@ -23,7 +23,6 @@ class AutoSplitter(Splitter):
     """Lets `grid` or `kmeans` do the work, layer by layer; see `stand_in`."""
 
     uses_calibration: ClassVar[bool] = True
-    splits_bias: ClassVar[bool] = True
 
     def stand_in(self, grid: Grid | None) -> StandIn:
         """Return `grid` where the layer's grid is known, else `kmeans`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from splitquant_plugins.streaming import writer
 
 pytest.importorskip("transformers")
 pytest.importorskip("optimum.quanto")
@@ -115,3 +118,28 @@ def read_all() -> Callable[[Path], dict[str, torch.Tensor]]:
         return state
 
     return read
+
+
+@pytest.fixture
+def stopped_after_two_shards(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """A context in which streaming is ended when its second shard has appeared."""
+
+    class Stop(BaseException):
+        pass
+
+    @contextmanager
+    def stopped() -> Iterator[None]:
+        publish, left = writer.ShardWriter.publish, [2]
+
+        def stopping(self: Any) -> None:
+            publish(self)
+            left[0] -= 1
+            if not left[0]:
+                raise Stop
+
+        with monkeypatch.context() as patch, suppress(Stop):
+            patch.setattr(writer.ShardWriter, "publish", stopping)
+            yield
+        assert not left[0]
+
+    return stopped

@@ -16,7 +16,7 @@ import pytest
 
 from splitquant_plugins.backends import WeightRequest
 from splitquant_plugins.errors import ConfigError, InputError, MissingExtraError, SplitQuantError
-from splitquant_plugins.streaming import cluster, job, writer
+from splitquant_plugins.streaming import cluster, job
 from splitquant_plugins.streaming.quantize_model import quantize_model
 from splitquant_plugins.streaming.worker import naming
 
@@ -152,21 +152,11 @@ class Stop(Exception):  # noqa: N818
     pass
 
 
-def test_what_was_begun_here_is_finished_there(machines, checkpoints, stream, tmp_path, monkeypatch):
+def test_what_was_begun_here_is_finished_there(machines, checkpoints, stream, tmp_path, stopped_after_two_shards):
     folder = checkpoints.save(checkpoints.bert())
     stream(folder, "expected")
-    publish, left = writer.ShardWriter.publish, [2]
-
-    def stopping(self):
-        publish(self)
-        left[0] -= 1
-        if not left[0]:
-            raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writer.ShardWriter, "publish", stopping)
-        with pytest.raises(Stop):
-            stream(folder, "moved")
+    with stopped_after_two_shards():
+        stream(folder, "moved")
     machines.begun()
     made = stream(folder, "moved", scheduler=machines.address)
     assert made.shards_found_done == 2

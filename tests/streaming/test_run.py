@@ -262,21 +262,11 @@ def test_it_goes_on_after_a_kill(checkpoints, stream, tmp_path, read_all, python
 
 
 @pytest.fixture
-def half_done(checkpoints, stream, monkeypatch):
+def half_done(checkpoints, stream, stopped_after_two_shards):
     """Return the checkpoint of a run that was stopped after its second shard."""
     folder = checkpoints.save(checkpoints.bert())
-    publish, left = writer.ShardWriter.publish, [2]
-
-    def stopping(self):
-        publish(self)
-        left[0] -= 1
-        if not left[0]:
-            raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writer.ShardWriter, "publish", stopping)
-        with pytest.raises(Stop):
-            stream(folder)
+    with stopped_after_two_shards():
+        stream(folder)
     return folder
 
 
