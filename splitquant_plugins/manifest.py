@@ -21,6 +21,25 @@ FILE_NAME = "splitquant_manifest.json"
 ATTRIBUTE = "splitquant_manifest"
 
 
+class TrainingRecord(BaseModel):
+    """One training of a layer's codes, scales and zeros with others: `what`, a block or the model.
+
+    `held_out_before` and `held_out_after` are errors on the `rows_held_out`, which were not trained on: of a block, the
+    square error of its outputs as a part of their mean square; of the model, the divergence of its predictions from the
+    float model's. They are equal where training did not help and was undone. `rows`: sequences or images trained on.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    what: str
+    held_out_before: float
+    held_out_after: float
+    steps: int
+    rows: int
+    rows_held_out: int
+    seconds: float = 0.0
+
+
 class ValuesRecord(BaseModel):
     """What DecoupleQPass did to the values of a layer: `solved` them, or kept plain rounding for `reason`.
 
@@ -28,6 +47,7 @@ class ValuesRecord(BaseModel):
     outputs, summed over the outputs, for plain rounding and for the solution. `rounds` is the number of steps of
     the solver, `samples` the number of inputs seen. `plain_rows` counts output channels that keep plain rounding.
     `joint` tells that the parts of a split layer were solved together, and no longer sum to the float weight.
+    `trainings` came after that, in order, and leave `error_after` as it was.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -41,6 +61,7 @@ class ValuesRecord(BaseModel):
     samples: int = 0
     plain_rows: int = 0
     joint: bool = False
+    trainings: tuple[TrainingRecord, ...] = ()
     seconds: float = 0.0
 
 

@@ -1,237 +1,93 @@
-"""The block stage of decoupleQ (arXiv 2404.12759, section 3.4): tune the floats of a whole block.
+"""The block stage: the quantized weights of a block, and its norms, trained towards the float model's outputs.
 
-With the codes frozen, scales, zeros, norms and (optionally) biases are trained so that a block of the model
-gives the outputs of the float block, on inputs that the already quantized blocks before it produce. No
-labels are used.
+decoupleQ (arXiv 2404.12759, section 3.4) trains scales, zeros and norms with frozen codes; here the codes are learned,
+too. The block gets the inputs that the already quantized blocks before it produce. No labels are used.
+
+Blocks that follow each other directly can be trained together, towards the outputs of the last one, so that the first
+learns what the second can make up for (cross-block reconstruction; CBQ, arXiv 2312.07950).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from splitquant_plugins.decoupleq.capture import Call, detached, output_tensor
-from splitquant_plugins.errors import ConfigError, InputError
-from splitquant_plugins.passes.calibration import evaluating
+from splitquant_plugins.decoupleq.capture import Call, block_outputs, detached, output_tensor
+from splitquant_plugins.decoupleq.training import Objective
 
 
-class QuantizedAffine(nn.Module):
-    """A weight scale * code + zero with trainable scale and zero, of a given shape.
+class BlockChain(nn.Module):
+    """Blocks of which each takes the outputs of the one before, to be replayed call by call.
 
-    `codes`: [out, d] integers; `scale`, `zero`: [out or 1, groups], where `group_of_column` [d] is the group of
-    each column (all in group 0 if absent). `shape` is that of the layer's weight (default: that of `codes`);
-    `trains_zero=False` keeps the zero in its ratio to the scale, as an integer zero point (or 0) needs it.
+    `calls`: for each block the calls that the model makes of it, one per example; the first argument of all but the
+    first block's is not kept.
     """
 
-    codes: Tensor
-    group_of_column: Tensor
-    ratio: Tensor
-
-    def __init__(
-        self,
-        codes: Tensor,
-        scale: Tensor,
-        zero: Tensor,
-        *,
-        group_of_column: Tensor | None = None,
-        shape: Sequence[int] | None = None,
-        trains_zero: bool = True,
-    ) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], calls: Sequence[Sequence[Call]]) -> None:
         super().__init__()
-        if group_of_column is None:
-            group_of_column = torch.zeros(codes.shape[1], dtype=torch.int64, device=codes.device)
-        self.register_buffer("codes", codes)
-        self.register_buffer("group_of_column", group_of_column)
-        self.register_buffer("ratio", zero / scale)
-        self.shape = torch.Size(shape if shape is not None else codes.shape)
-        self.scale = nn.Parameter(scale.detach().clone())
-        self.zero = nn.Parameter(zero.detach().clone()) if trains_zero else None
+        self.blocks = nn.ModuleList(blocks)
+        self.first = calls[0]
+        self.others = [[(args[1:], kwargs) for args, kwargs in each] for each in calls[1:]]
 
-    def forward(self) -> Tensor:
-        """The weight."""
-        zero = self.scale * self.ratio if self.zero is None else self.zero
-        groups = self.group_of_column
-        values = self.codes.to(self.scale.dtype) * self.scale[:, groups] + zero[:, groups]
-        return values.reshape(self.shape)
+    def forward(self, place: int) -> Tensor:
+        """Replay the calls of an example; the outputs of the last block."""
+        args, kwargs = detached(self.first[place])
+        values = output_tensor(self.blocks[0](*args, **kwargs))
+        for block, calls in zip(self.blocks[1:], self.others, strict=True):
+            args, kwargs = detached(calls[place])
+            values = output_tensor(block(values, *args, **kwargs))
+        return values
 
 
-@dataclass(frozen=True)
-class BlockOptions:
-    """Options of the block stage; Adam has betas (0.9, 0.99), as in the paper.
+def follows(block: nn.Module, calls: Sequence[Call], following: Sequence[Call]) -> bool:
+    """Whether the calls of another block have the outputs of `block`, and nothing else of it, as first argument."""
+    outputs = block_outputs(block, calls[:1])
+    for output, (args, kwargs) in zip(outputs, following[:1], strict=True):
+        given = args[0] if args else None
+        if not isinstance(given, Tensor) or given.shape != output.shape or not torch.equal(given, output):
+            return False
+        if any(isinstance(v, Tensor) and v.shape == output.shape for v in (*args[1:], *kwargs.values())):
+            return False
+    return True
 
-    `learning_rate` is relative for scales and zeros (a step of 1e-3 changes a scale by about 0.1 % of the
-    layer's mean scale) and absolute for norms and biases. `epochs` over the calls, shuffled with `seed`;
-    `trains_norms`: also affine parameters of norm layers; `trains_biases`: also the biases of the layers.
+
+def block_objective(
+    chain: BlockChain, targets: Sequence[Tensor], rows: Sequence[int], masks: Sequence[Tensor | None]
+) -> Objective:
+    """The square error of the chain's outputs, as a part of the targets' mean square.
+
+    `targets`: the last block's outputs in the float model, as `output_tensor` takes them. `masks`: per call the
+    positions that count, of the leading shape of the output, or None. `rows`: what each call counts.
     """
+    sizes = [float(_masked(target, mask).square().mean()) for target, mask in zip(targets, masks, strict=True)]
+    size = max(sum(sizes) / len(sizes), 1e-30)
 
-    learning_rate: float = 1e-3
-    epochs: int = 8
-    trains_norms: bool = True
-    trains_biases: bool = False
-    seed: int = 0
+    def error(place: int, output: Any) -> Tensor:
+        difference = output_tensor(output).float() - targets[place].float()
+        return _masked(difference, masks[place]).square().mean() / size
 
-    def __post_init__(self) -> None:
-        if self.epochs < 0 or not self.learning_rate > 0:
-            raise ConfigError(
-                f"epochs={self.epochs}, learning_rate={self.learning_rate}: epochs cannot be negative, and "
-                "the learning rate must be above 0"
-            )
+    return Objective(chain, [((place,), {}) for place in range(len(targets))], rows, error)
 
 
-@dataclass(frozen=True)
-class BlockReport:
-    """Mean square error of the block's output before and after, and after each epoch (`trace`)."""
-
-    error_before: float
-    error_after: float
-    trace: tuple[float, ...]
-
-
-def tune_block(
-    block: nn.Module,
-    layers: Mapping[str, QuantizedAffine],
-    inputs: Sequence[Call],
-    targets: Sequence[Tensor],
-    options: BlockOptions | None = None,
-    *,
-    masks: Sequence[Tensor | None] | None = None,
-) -> BlockReport:
-    """Train the floats of `block`'s quantized layers until its outputs come close to `targets`.
-
-    `layers`: names of submodules of the block with their quantized weights; while training, these take the
-    place of `weight`, and in the end their best state is written both into `layers` and as plain values into
-    the block's weights. `inputs`: calls (args, kwargs); `targets`: the float block's output for each, as
-    `output_tensor` takes it. `masks`: per call the positions that count, of the leading shape of the output.
-
-    The block ends with the best state seen (the initial one, if training never helped). On an exception it
-    gets back the weights it came with. Its other parameters are never changed. Deterministic for a seed.
-    """
-    options = options or BlockOptions()
-    masks = masks if masks is not None else [None] * len(inputs)
-    if not inputs or not len(inputs) == len(targets) == len(masks):
-        raise InputError(
-            f"{len(inputs)} inputs, {len(targets)} targets, {len(masks)} masks: expected the same number of "
-            "each, and at least one"
-        )
-    parameters = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
-    requires_grad = {name: parameter.requires_grad for name, parameter in block.named_parameters()}
-    states = {name: _copied(layer.state_dict()) for name, layer in layers.items()}
-    try:
-        with evaluating(block), torch.enable_grad():
-            report = _train(block, layers, inputs, targets, masks, options)
-    except BaseException:
-        with torch.no_grad():
-            for name, parameter in block.named_parameters():
-                parameter.copy_(parameters[name])
-        for name, layer in layers.items():
-            layer.load_state_dict(states[name])
-        raise
-    finally:
-        for name, parameter in block.named_parameters():
-            parameter.requires_grad_(requires_grad[name])
-            parameter.grad = None
-    return report
-
-
-def _train(
-    block: nn.Module,
-    layers: Mapping[str, QuantizedAffine],
-    inputs: Sequence[Call],
-    targets: Sequence[Tensor],
-    masks: Sequence[Tensor | None],
-    options: BlockOptions,
-) -> BlockReport:
-    for parameter in block.parameters():
-        parameter.requires_grad_(False)
-    others = list(other_parameters(block, layers, options))
-    groups: list[dict[str, Any]] = []
-    for layer in layers.values():
-        floats = list(layer.parameters())
-        # Adam's steps do not depend on the gradient's size, so they are measured in the layer's scale.
-        unit = float(layer.scale.detach().abs().mean()) or 1.0
-        groups.append({"params": floats, "lr": options.learning_rate * unit})
-    groups.append({"params": others, "lr": options.learning_rate})
-    trained = [parameter for group in groups for parameter in group["params"]]
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    generator = torch.Generator().manual_seed(options.seed)
-
-    best_error = before = _error(block, layers, inputs, targets, masks)
-    best = [parameter.detach().clone() for parameter in trained]
-    trace = []
-    for _ in range(options.epochs):
-        for index in torch.randperm(len(inputs), generator=generator).tolist():
-            optimizer.zero_grad()
-            output = _output(block, layers, inputs[index])
-            loss = _square_error(output, targets[index], masks[index])[0]
-            torch.autograd.backward(loss)
-            optimizer.step()
-        error = _error(block, layers, inputs, targets, masks)
-        trace.append(error)
-        positive = all(bool((layer.scale > 0).all()) for layer in layers.values())
-        if error < best_error and positive:
-            best_error = error
-            best = [parameter.detach().clone() for parameter in trained]
-    with torch.no_grad():
-        for parameter, value in zip(trained, best, strict=True):
-            parameter.copy_(value)
-    with torch.no_grad():
-        for name, layer in layers.items():
-            weight = block.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            weight.copy_(layer())
-    return BlockReport(before, best_error, tuple(trace))
-
-
-def other_parameters(block: nn.Module, layers: Iterable[str], options: BlockOptions) -> Iterator[nn.Parameter]:
-    """The parameters besides the weights of `layers` that `tune_block` trains."""
-    if options.trains_biases:
+def other_parameters(block: nn.Module, layers: Iterable[str], *, norms: bool, biases: bool) -> Iterator[str]:
+    """Names of the parameters besides the weights of `layers` (names of modules) that are trained."""
+    if biases:
         for name in layers:
-            bias = block.get_submodule(name).bias
-            if isinstance(bias, nn.Parameter):
-                yield bias
-    if options.trains_norms:
-        for module in block.modules():
+            if isinstance(block.get_submodule(name).bias, nn.Parameter):
+                yield f"{name}.bias" if name else "bias"
+    if norms:
+        for prefix, module in block.named_modules():
             # Covers LayerNorm, GroupNorm, BatchNorm, and the RMSNorms that libraries define for themselves.
             if "Norm" in type(module).__name__:
-                yield from module.parameters(recurse=False)
+                for name, _ in module.named_parameters(recurse=False):
+                    yield f"{prefix}.{name}" if prefix else name
 
 
-def _output(block: nn.Module, layers: Mapping[str, QuantizedAffine], call: Call) -> Tensor:
-    """The block's output with the quantized weights in the place of its own, which stay untouched."""
-    weights = {f"{name}.weight" if name else "weight": layer() for name, layer in layers.items()}
-    return output_tensor(functional_call(block, weights, *detached(call)))
-
-
-def _error(
-    block: nn.Module,
-    layers: Mapping[str, QuantizedAffine],
-    inputs: Sequence[Call],
-    targets: Sequence[Tensor],
-    masks: Sequence[Tensor | None],
-) -> float:
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for call, target, mask in zip(inputs, targets, masks, strict=True):
-            mean, number = _square_error(_output(block, layers, call), target, mask)
-            total += float(mean) * number
-            count += number
-    return total / max(count, 1)
-
-
-def _square_error(output: Tensor, target: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
-    """Mean square error where the mask counts, and the number of values in it."""
-    difference = output - target
-    if mask is not None and difference.shape[: mask.ndim] == mask.shape:
-        difference = difference[mask.to(difference.device) != 0]
-    return difference.square().mean(), difference.numel()
-
-
-def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in state.items()}
+def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The values where the mask counts."""
+    if mask is not None and values.shape[: mask.ndim] == mask.shape:
+        return values[mask.to(values.device) != 0]
+    return values

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from splitquant_plugins.config import validated
 from splitquant_plugins.decoupleq.alternation import SolveOptions
-from splitquant_plugins.decoupleq.block_tuning import BlockOptions
+from splitquant_plugins.decoupleq.training import TrainingOptions
 from splitquant_plugins.errors import ConfigError, SplitQuantWarning
 from splitquant_plugins.grid import Granularity, Grid, Scheme, UniformGrid
 
@@ -33,11 +33,19 @@ class DecoupleQConfig(BaseModel):
     asymmetric_calibration: float = Field(
         0.5, ge=0, le=1, description="with sequential: part of what the layers before lost that a layer makes up for"
     )
-    tune_blocks: bool = Field(False, description="then train scales, zeros and norms of each block")
-    tune_norms: bool = Field(True, description="with tune_blocks: train the norms' parameters too")
-    tune_biases: bool = Field(False, description="with tune_blocks: train the layers' biases too")
-    epochs: int = Field(8, ge=0, description="with tune_blocks: passes over the batches")
-    learning_rate: float = Field(1e-3, gt=0, description="with tune_blocks: relative to scales, absolute for the rest")
+    tune_blocks: bool = Field(False, description="then train each block towards the float model's outputs")
+    tune_model: bool = Field(False, description="at last train the whole model towards the float model's predictions")
+    tune_codes: bool = Field(True, description="in training: codes and zero points too, not only scales and norms")
+    tune_norms: bool = Field(True, description="in training: the norms' parameters too")
+    tune_biases: bool = Field(False, description="in training: the layers' biases too")
+    epochs: int = Field(12, ge=0, description="with tune_blocks: most passes over the batches")
+    block_window: int = Field(2, ge=1, description="with tune_blocks: so many blocks that follow are trained together")
+    block_steps: int = Field(1000, ge=0, description="with tune_blocks: most training steps per block")
+    model_steps: int = Field(2400, ge=0, description="with tune_model: most training steps")
+    batch_size: int = Field(4, ge=1, description="in training: rows (sequences, images) per step")
+    held_out: float = Field(0.125, gt=0, lt=1, description="part of the rows that training is judged by, at most 64")
+    learning_rate: float = Field(1e-3, gt=0, description="of norms and biases; of scales, relative, twice that")
+    code_learning_rate: float = Field(2e-2, gt=0, description="of codes, in codes per step; of zero points a quarter")
     damping: float = Field(0.01, ge=0, description="part of the mean diagonal of H that is added to its diagonal")
     rounding: Literal["gptq", "projected"] = Field("gptq", description="how codes are chosen for given scales")
     rounds: int = Field(4, ge=0, description="most alternations of codes and scales per start")
@@ -66,9 +74,17 @@ class DecoupleQConfig(BaseModel):
         """Options of the layer stage."""
         return SolveOptions(**{key: value for key, value in self if key in SolveOptions.__dataclass_fields__})
 
-    def block_options(self) -> BlockOptions:
-        """Options of the block stage."""
-        return BlockOptions(self.learning_rate, self.epochs, self.tune_norms, self.tune_biases, self.seed)
+    def training_options(self, examples: int, *, whole_model: bool) -> TrainingOptions:
+        """Options of the training of a block, or of the model, on so many examples."""
+        return TrainingOptions(
+            steps=self.model_steps if whole_model else min(self.block_steps, self.epochs * examples),
+            code_rate=self.code_learning_rate,
+            point_rate=self.code_learning_rate / 4,
+            scale_rate=2 * self.learning_rate,
+            float_rate=self.learning_rate,
+            trains_codes=self.tune_codes,
+            seed=self.seed,
+        )
 
 
 def decoupleq_config(options: dict[str, Any]) -> DecoupleQConfig:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,8 +26,8 @@ class SolvedWeight:
 
     `floats`: what to hand to the backend. `rounded`: what it makes of them, to the bit. `error_before`: of plain
     rounding by the backend, sum over the rows of e H eᵀ with the damped H; `error_after`: of the solution.
-    `rounds`: steps tried. `plain_rows`: rows that keep plain rounding, because the backend would not find the
-    solution again, or it is no better. `solver`, `state`: what the block stage goes on with.
+    `rounds`: steps tried. `plain` [out]: rows that keep plain rounding, because the backend would not find the
+    solution again, or it is no better. `solver`, `state`: what the later stages go on with.
     """
 
     floats: list[Tensor]
@@ -35,9 +35,33 @@ class SolvedWeight:
     error_before: float
     error_after: float
     rounds: int
-    plain_rows: int
+    plain: Tensor = field(repr=False)
     solver: Parts = field(repr=False)
     state: State = field(repr=False)
+
+    @property
+    def plain_rows(self) -> int:
+        """How many rows keep plain rounding."""
+        return int(self.plain.sum())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `restored_weight` needs besides the floats."""
+        affine = self.state.affine
+        codes = self.state.codes.to(torch.int16)
+        return {"codes": codes, "scale": affine.scale, "zero": affine.zero, "plain": self.plain}
+
+
+def restored_weight(weight: Tensor, floats: list[Tensor], tensors: Mapping[str, Tensor], grid: Grid) -> SolvedWeight:
+    """A solution from its floats and `SolvedWeight.tensors`, to be trained; H and the errors are not known any more."""
+    missing = [name for name in ("codes", "scale", "zero", "plain") if name not in tensors]
+    if missing:
+        raise InputError(f"the stored solution lacks {', '.join(missing)}")
+    rows = weight.detach().double().reshape(len(weight), -1)
+    problem = problem_of(rows, torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device), 0.0)
+    solver = Parts(problem, solver_grid(grid, weight.shape), len(floats), SolveOptions())
+    state = solver.state(tensors["codes"].double(), Affine(tensors["scale"], tensors["zero"]))
+    rounded = [grid.quantize_dequantize(part) for part in floats]
+    return SolvedWeight(floats, rounded, 0.0, 0.0, 0, tensors["plain"], solver, state)
 
 
 def solve_weight(
@@ -74,45 +98,87 @@ def solve_weight(
 
 
 @torch.no_grad()
-def with_affine(solution: SolvedWeight, grid: Grid, parts: Sequence[Tensor], affine: Affine) -> SolvedWeight:
-    """The same codes with other scales and zeros, each [rows, k * groups], float64."""
-    state = solution.solver.state(solution.state.codes, affine)
-    return _realised(solution.solver, state, grid, parts, solution.rounds)
+def with_codes(solution: SolvedWeight, grid: Grid, codes: Tensor, affine: Affine) -> SolvedWeight:
+    """Other codes [k, out, d], scales and zeros [rows, k * groups], float64.
+
+    Rows that keep plain rounding, or that the backend would not find again, stay as they are. The errors stay those of
+    the solution.
+    """
+    solver = solution.solver
+    floats, rounded, found_again = _handed_over(solver, codes, affine, grid, solution.floats[0])
+    take = found_again & ~solution.plain
+    if solver.grid.per_tensor and not bool(take.all()):
+        return solution
+    chosen = _chosen(take, (floats, rounded), (solution.floats, solution.rounded), grid)
+    if chosen is None:
+        return solution
+    if not solver.grid.per_tensor:
+        codes, affine = (
+            torch.where(take[:, None], codes, solution.state.codes),
+            affine.where(take, solution.state.affine),
+        )
+    state = solver.state(codes, affine)
+    return replace(solution, floats=chosen[0], rounded=chosen[1], state=state)
+
+
+def _handed_over(
+    solver: Parts, codes: Tensor, affine: Affine, grid: Grid, like: Tensor
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Floats to hand to the backend, what it makes of them, and the rows [out] in which it finds the codes again."""
+    floats, rounded = [], []
+    found_again = torch.ones(like.shape[0], dtype=torch.bool, device=like.device)
+    for part, values in enumerate(solver.values(codes, affine)):
+        scale = solver.affine_of(affine, part).scale[:, solver.group_of_column].expand_as(values)
+        shifted = solver.grid.with_clipped_ends(codes[part], values, scale)
+        floats.append(shifted.reshape(like.shape).to(like.dtype))
+        rounded.append(grid.quantize_dequantize(floats[part]))
+        # Neighbouring codes are a whole step apart.
+        off = (rounded[part].double().reshape(values.shape) - values).abs() > 0.4 * scale
+        found_again &= ~(off | ~torch.isfinite(rounded[part].reshape(values.shape))).any(dim=1)
+    return floats, rounded, found_again
+
+
+def _chosen(
+    take: Tensor,
+    new: tuple[Sequence[Tensor], Sequence[Tensor]],
+    old: tuple[Sequence[Tensor], Sequence[Tensor]],
+    grid: Grid,
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """The new floats and rounded weights in the rows to take, else the old; None where the backend mixes the rows."""
+    mask = take.reshape(-1, *[1] * (new[0][0].ndim - 1))
+    floats, expected = (
+        [torch.where(mask, *pair) for pair in zip(*each, strict=True)] for each in zip(new, old, strict=True)
+    )
+    rounded = [grid.quantize_dequantize(part) for part in floats]
+    if not all(torch.equal(one, other) for one, other in zip(rounded, expected, strict=True)):
+        return None
+    return _stable(floats, rounded, grid), rounded
+
+
+def _stable(floats: Sequence[Tensor], rounded: Sequence[Tensor], grid: Grid) -> list[Tensor]:
+    """The rounded values where they round to themselves: the better floats, the model computes with them already."""
+    same = [torch.equal(grid.quantize_dequantize(part), part) for part in rounded]
+    return [new if stays else old for new, old, stays in zip(rounded, floats, same, strict=True)]
 
 
 def _realised(solver: Parts, state: State, grid: Grid, parts: Sequence[Tensor], rounds: int) -> SolvedWeight:
     """Check the state with the backend's own rounding, row by row, and keep plain rounding where that is better."""
     problem = solver.problem
-    shape, dtype = parts[0].shape, parts[0].dtype
     plain = [grid.quantize_dequantize(part.detach()) for part in parts]
     before = problem_errors(problem, _total(plain))
-    floats, rounded = [], []
-    found_again = torch.ones(shape[0], dtype=torch.bool, device=parts[0].device)
-    for part, values in enumerate(solver.values(state.codes, state.affine)):
-        scale = solver.affine_of(state.affine, part).scale[:, solver.group_of_column].expand_as(values)
-        shifted = solver.grid.with_clipped_ends(state.codes[part], values, scale)
-        floats.append(shifted.reshape(shape).to(dtype))
-        rounded.append(grid.quantize_dequantize(floats[part]))
-        # Neighbouring codes are a whole step apart.
-        off = (rounded[part].double().reshape(values.shape) - values).abs() > 0.4 * scale
-        found_again &= ~(off | ~torch.isfinite(rounded[part].reshape(values.shape))).any(dim=1)
-    take = found_again & (problem_errors(problem, torch.nan_to_num(_total(rounded))) < before)
+    floats, rounded, found_again = _handed_over(solver, state.codes, state.affine, grid, parts[0])
+    after = problem_errors(problem, torch.nan_to_num(_total(rounded)))
+    take = found_again & (after < before)
     if solver.grid.per_tensor:
-        after = problem_errors(problem, torch.nan_to_num(_total(rounded)))
         take = (found_again.all() & (after.sum() < before.sum())).expand_as(take)
-    mask = take.reshape(-1, *[1] * (len(shape) - 1))
-    floats = [torch.where(mask, new, old) for new, old in zip(floats, parts, strict=True)]
-    expected = [torch.where(mask, new, old) for new, old in zip(rounded, plain, strict=True)]
-    rounded = [grid.quantize_dequantize(part) for part in floats]
-    if not all(torch.equal(one, other) for one, other in zip(rounded, expected, strict=True)):
+    chosen = _chosen(take, (floats, rounded), (list(parts), plain), grid)
+    if chosen is None:
         # Rows influence each other on this grid: all or nothing.
         take = torch.zeros_like(take)
-        floats, rounded = [part.detach().clone() for part in parts], plain
-    # Where the rounded values round to themselves they are the better floats: the model computes with them already.
-    stable = [torch.equal(grid.quantize_dequantize(part), part) for part in rounded]
-    floats = [new if same else old for new, old, same in zip(rounded, floats, stable, strict=True)]
+        chosen = _stable([part.detach().clone() for part in parts], plain, grid), plain
+    floats, rounded = chosen
     found = float(problem_errors(problem, _total(rounded)).sum())
-    return SolvedWeight(floats, rounded, float(before.sum()), found, rounds, int((~take).sum()), solver, state)
+    return SolvedWeight(floats, rounded, float(before.sum()), found, rounds, ~take, solver, state)
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:
