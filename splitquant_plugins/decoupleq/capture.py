@@ -92,6 +92,12 @@ def output_tensor(output: Any) -> Tensor:
     raise InputError(f"a block returned {type(output).__name__}: expected a tensor, or a tuple starting with one")
 
 
+def predictions(output: Any) -> tuple[Tensor, bool]:
+    """The tensor that a model's output is compared by, and whether it is its `logits`."""
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return (logits, True) if isinstance(logits, Tensor) else (output_tensor(output), False)
+
+
 def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments without a cache of keys and values, which every replay would add to."""
     none = {key: None for key in ("past_key_value", "past_key_values") if key in kwargs}

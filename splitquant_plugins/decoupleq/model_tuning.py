@@ -7,13 +7,13 @@ here, those of different layers may make up for each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.decoupleq.capture import Call, output_tensor
+from splitquant_plugins.decoupleq.capture import Call, predictions
 from splitquant_plugins.decoupleq.training import Objective
 
 
@@ -39,7 +39,7 @@ def model_objective(
         if found is not None:
             return found.float(), True
         with torch.no_grad():
-            values, is_logits = _predictions(float_outputs(place))
+            values, is_logits = predictions(float_outputs(place))
             values = values.float().log_softmax(dim=-1) if is_logits else values.float()
         if is_logits and used + 2 * values.numel() <= max_bytes:
             # The same values, whether they were kept or not. Chances below 2^-24 do not matter to the mean.
@@ -50,7 +50,7 @@ def model_objective(
 
     def error(place: int, output: Any) -> Tensor:
         wanted, is_logits = target(place)
-        found = _predictions(output)[0].float()
+        found = predictions(output)[0].float()
         if is_logits:
             found = found.log_softmax(dim=-1)
             wanted, found = _counted(wanted, masks[place]), _counted(found, masks[place])
@@ -58,12 +58,6 @@ def model_objective(
         return (_counted(found, masks[place]) - _counted(wanted, masks[place])).square().mean()
 
     return Objective(model, calls, rows, error)
-
-
-def _predictions(output: Any) -> tuple[Tensor, bool]:
-    """What the model predicts, and whether it is logits."""
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    return (logits, True) if isinstance(logits, Tensor) else (output_tensor(output), False)
 
 
 def _counted(values: Tensor, mask: Tensor | None) -> Tensor:
