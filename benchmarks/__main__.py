@@ -23,6 +23,7 @@ NAMES = (
     "latency",
     "restricted_grids",
     "causal_lm",
+    "two_bits",
 )
 
 

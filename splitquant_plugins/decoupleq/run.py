@@ -239,7 +239,7 @@ class Run:
         rows = [example.rows for example in self.examples]
         masks = [example.mask for example in self.examples]
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        floats = {
+        floats: dict[str, Tensor] = {
             _weight_of(path): original
             for layer in self.layers.values()
             for path, original in zip(layer.paths, layer.original, strict=True)

@@ -20,7 +20,7 @@ from splitquant_plugins.grid import Grid
 from splitquant_plugins.plugins import Plugins
 
 FAST = {"rounds": 1, "starts": (1.0,), "sweeps": 1}
-TRAINED = {**FAST, "tune_blocks": True, "tune_model": True, "epochs": 3, "model_steps": 60, "batch_size": 8}
+TRAINED = {**FAST, "tune_blocks": True, "tune_model": True, "epochs": 2, "model_steps": 40, "batch_size": 8}
 GRID = UniformGrid(2, "affine", "channel")
 
 
@@ -97,8 +97,7 @@ def grids() -> dict[str, Callable[[], Grid]]:
     }
 
 
-@pytest.mark.parametrize("name", list(grids()))
-@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(("name", "k"), [*((name, 1) for name in grids()), ("INC", 2), ("symmetric", 2)])
 def test_training_helps_on_new_inputs_and_stays_on_the_grid(
     name: str, k: int, net: Net, batches: list[dict[str, Tensor]], plugins: Plugins
 ) -> None:
@@ -133,7 +132,7 @@ def test_blocks_are_trained_in_windows(net: Net, batches: list[dict[str, Tensor]
     assert [one.what for one in found["blocks.0.up"].trainings] == ["block blocks.0", "blocks blocks.0 and blocks.1"]
     assert found["head"].trainings == ()
     one = found["blocks.0.up"].trainings[0]
-    assert (one.rows, one.rows_held_out, one.steps) == (136, 24, 51)
+    assert (one.rows, one.rows_held_out, one.steps) == (136, 24, 34)
 
 
 def test_a_model_that_training_makes_worse_stays_as_it_was(
