@@ -129,7 +129,7 @@ def ways(own: int, fast: bool = False) -> list[Way]:
         Way("decoupleQ, layers", 2, inc("RTNConfig", 2, decoupleq())),
         Way("decoupleQ, blocks", 2, inc("RTNConfig", 2, decoupleq(**blocks))),
         Way("decoupleQ, blocks, own text", 2, inc("RTNConfig", 2, decoupleq(own=own, **blocks))),
-        Way("decoupleQ, blocks and model, own text", 2, inc("RTNConfig", 2, decoupleq(own=own, **blocks, **model))),
+        Way("decoupleQ, blocks and model, own text", 2, inc("RTNConfig", 2, decoupleq(own=own, **{**blocks, **model}))),
         Way("RTN INT4", 4, inc("RTNConfig", 4)),
         Way("decoupleQ INT4", 4, inc("RTNConfig", 4, decoupleq())),
         Way("k = 2 INT2, decoupleQ, layers", 4, inc("RTNConfig", 2, split())),
