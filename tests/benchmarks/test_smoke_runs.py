@@ -51,19 +51,6 @@ def test_causal_lm() -> None:
     assert rows["decoupleQ"]["bits/weight"] == rows["RTN"]["bits/weight"]
 
 
-def test_two_bits() -> None:
-    pytest.importorskip("transformers")
-    pytest.importorskip("neural_compressor.torch")
-    import two_bits
-
-    chosen = [way for way in two_bits.ways(4, fast=True) if "AutoRound" not in way.title]
-    rows = two_bits.run(two_bits.docstring_subject(smoke=True, folder=None), chosen, seeds=1, number=4)
-    found = {row["values"]: row["KL"] for row in rows}
-    assert len(found) == 10
-    assert all(0 <= value < 1 for value in found.values())
-    assert found["RTN INT4"] < found["RTN"]
-
-
 def test_restricted_grids() -> None:
     pytest.importorskip("transformers")
     import restricted_grids

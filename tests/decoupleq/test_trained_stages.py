@@ -110,8 +110,11 @@ def test_training_helps_on_new_inputs_and_stays_on_the_grid(
     before, after = (divergence(one, reference, inputs(2)) for one in (solved, net))
     assert after < before
     rule = grid if k > 1 else getattr(grid, "whole", grid)
-    for layer in net.modules():
-        if isinstance(layer, nn.Linear):
+    # Rows whose parts serve better as they were split keep the floats that they were split into.
+    on_grid = [one.name for one in manifest_of(net).solved if one.values is not None and not one.values.plain_rows]
+    assert on_grid
+    for name, layer in net.named_modules():
+        if isinstance(layer, nn.Linear) and name.removesuffix(".lower").removesuffix(".upper") in on_grid:
             weight = layer.weight.detach()
             assert torch.allclose(rule.quantize_dequantize(weight), weight, atol=2e-3 * float(weight.abs().max()))
     for record in manifest_of(net).solved:
@@ -216,7 +219,7 @@ def test_the_divergence_is_that_of_the_predictions(limit: int, net: Net) -> None
 
     objective = model_objective(other, [((x,), {})], [2], [mask], float_outputs, limit)
     first, again = objective.mean([0]), objective.mean([0])
-    assert first == again == pytest.approx(divergence(other, net, x[mask != 0]), rel=1e-2)
+    assert first == again == pytest.approx(divergence(other, net, x[mask != 0]), abs=1e-4)  # kept in half precision
     assert len(made) == (1 if limit else 2)
 
 
