@@ -23,7 +23,6 @@ NAMES = (
     "latency",
     "restricted_grids",
     "causal_lm",
-    "two_bits",
 )
 
 
