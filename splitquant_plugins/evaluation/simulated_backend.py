@@ -33,7 +33,7 @@ EVERYTHING = Support(("channel", "tensor", "group"), ("affine", "symmetric"))
 
 
 class SimulatedBackend(Backend):
-    """Linear grids by fake quantization."""
+    """Linear grids by fake quantization; with `power_of_two_scale`, those of targets that shift and cannot multiply."""
 
     name = "simulated"
     extra = "eval"
@@ -41,9 +41,18 @@ class SimulatedBackend(Backend):
     support: ClassVar = {f"int{bits}": EVERYTHING for bits in range(2, 9)}
     default_group_size = 128
 
+    def __init__(self, *, power_of_two_scale: bool = False) -> None:
+        self.power_of_two_scale = power_of_two_scale
+
     def grid(self, chosen: WeightFormat) -> Grid:
         """Return the uniform grid of that format."""
-        return UniformGrid(chosen.bits, chosen.scheme, chosen.granularity, chosen.group_size)
+        return UniformGrid(
+            chosen.bits,
+            chosen.scheme,
+            chosen.granularity,
+            chosen.group_size,
+            power_of_two_scale=self.power_of_two_scale,
+        )
 
     @torch.no_grad()
     def quantize(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from splitquant_plugins.parallel import CHUNK, in_threads
+from splitquant_plugins.splitters._power_of_two import round_scales
 from splitquant_plugins.splitters._search import rank_starts, search_groups
 from splitquant_plugins.splitters._shapes import MARGIN, Shape
 from splitquant_plugins.splitters._sum_parts import (
@@ -108,7 +109,8 @@ class Rules:
 
     `codes` [shapes, c]; `reach` [shapes, 6]: how far values may go below and above 0, the lowest and highest end,
     and how far each is off its level; `spans` [2, shapes, c]: what rounds to each code; `pins` [shapes, p, 2]: value
-    and level of each end that has to occur, NaN where there are fewer; `either`: one of them will do.
+    and level of each end that has to occur, NaN where there are fewer; `either`: one of them will do;
+    `power_of_two`: scales are powers of two.
     """
 
     codes: Array
@@ -116,6 +118,7 @@ class Rules:
     spans: Array
     pins: Array
     either: bool
+    power_of_two: bool = False
 
     @property
     def width(self) -> int:
@@ -136,7 +139,7 @@ def rules_of(found: Sequence[Shape]) -> Rules:
         reach[i] = (-low, high, bottom[0], top[0], abs(bottom[0] - bottom[1]), abs(top[0] - top[1]))
         pins[i, : len(shape.pins)] = shape.pins
     spans = np.stack([np.maximum(codes - 0.5 + MARGIN, ends[:, :1]), np.minimum(codes + 0.5 - MARGIN, ends[:, 1:])])
-    return Rules(codes, reach, spans, pins, found[0].either)
+    return Rules(codes, reach, spans, pins, found[0].either, found[0].power_of_two)
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,7 @@ def search(groups: Tensor, rules: Rules, k: int, *, cover: bool = True, effort: 
     def work(rows: slice) -> None:
         values = _values(_thinned(groups[rows], effort.most_values))
         found, _ = _descended(values, rules, flags, bins, starts, descents, *steps)
+        _round_scales(found, rules, flags, values, bins)
         books.shape[rows], books.scale[rows], books.error[rows] = found.shape, found.scale, found.error
         if n > values.shape[1]:
             books.error[rows] *= n / values.shape[1]
@@ -213,6 +217,7 @@ def _search_again(
         index = worst[rows]
         values = _values(_thinned(groups[torch.from_numpy(index).to(groups.device)], effort.most_values))
         found, _ = _descended(values, rules, flags, bins, both, effort.descents, *steps)
+        _round_scales(found, rules, flags, values, bins)
         found.error[:] *= groups.shape[1] / values.shape[1] if groups.shape[1] > values.shape[1] else 1.0
         better = found.error < books.error[index]
         books.shape[index[better]], books.scale[index[better]] = found.shape[better], found.scale[better]
@@ -240,6 +245,12 @@ def _descended(
         *(found.shape, found.scale, found.error, slack),
     )
     return found, slack
+
+
+def _round_scales(found: Codebooks, rules: Rules, flags: Array, values: Array, bins: int) -> None:
+    """Where the grid has powers of two only, the best of these, in place."""
+    if rules.power_of_two:
+        round_scales(*(rules.codes, rules.reach, flags, values, bins), *(found.shape, found.scale, found.error))
 
 
 def _library(

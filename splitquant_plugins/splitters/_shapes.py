@@ -7,6 +7,7 @@ A `Shape` is such a choice of ends, in units of the scale; which shapes a grid h
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ class Shape:
     `codes`: the levels in use, ascending, one step apart. `low`, `high`: the range; all values of the part lie
     in it. `pins`: (value, level) pairs that must each occur in the part so that the backend derives this
     scale and zero point; `level` is what the backend rounds the value to. `either`: one of the pins will do.
+    `power_of_two`: the grid has scales that are powers of two only.
     """
 
     codes: tuple[float, ...]
@@ -32,6 +34,7 @@ class Shape:
     high: float
     pins: tuple[tuple[float, float], ...]
     either: bool = False
+    power_of_two: bool = False
 
     def interval(self) -> tuple[float, float]:
         """Smallest and largest value that any weight may have in the part, pins apart."""
@@ -45,15 +48,21 @@ def shapes(grid: Grid) -> list[Shape]:
     """
     qmin, qmax = grid.quant_min, grid.quant_max
     steps = qmax - qmin
+    rounded = power_of_two_scales(grid)
     if grid.scheme == "symmetric":
-        return [_shape(grid, -1.0, 1.0)]
+        return [_shape(grid, -steps / 2, steps / 2)] if rounded else [_shape(grid, -1.0, 1.0)]
     places = torch.arange(0, steps + 1).double()
     if steps > 3:  # with many codes neighbouring zero points hardly differ
         places = torch.linspace(0, steps, 9).round().double()
     found = [_shape(grid, -float(t), steps - float(t)) for t in places]
-    if steps <= 3:
+    if steps <= 3 and not rounded:  # ends that are no levels may make a range that is rounded up to the next power
         found += [_shape(grid, -(t + 0.49), steps - t - 0.49) for t in range(steps)]
     return found
+
+
+def power_of_two_scales(grid: Grid) -> bool:
+    """Whether a grid has scales that are powers of two only; grids of plugins need not say."""
+    return bool(getattr(grid, "power_of_two_scale", False))
 
 
 def _shape(grid: Grid, low: float, high: float) -> Shape:
@@ -69,5 +78,15 @@ def _shape(grid: Grid, low: float, high: float) -> Shape:
         # ties are only met at the clipped end of a symmetric range, where both codes are the last one
         return min(max(float(round(value)), bottom), top)
 
-    pins = tuple((end, level(end)) for end in (high, low) if end != 0)
-    return Shape(tuple(inside.tolist()), low, high, pins, either=grid.scheme == "symmetric")
+    rounded, symmetric = power_of_two_scales(grid), grid.scheme == "symmetric"
+    ends_held = _least_ends(low, high, symmetric=symmetric) if rounded else (high, low)
+    pins = tuple((end, level(end)) for end in ends_held if end != 0)
+    return Shape(tuple(inside.tolist()), low, high, pins, either=symmetric, power_of_two=rounded)
+
+
+def _least_ends(low: float, high: float, *, symmetric: bool) -> tuple[float, float]:
+    """What has to occur for a scale that is rounded up to a power of two: whole steps over more than half the range."""
+    if symmetric:
+        least = math.floor(high / 2) + 1.0
+        return least, -least
+    return max(0.0, math.floor((high - low) / 2) + 1 + low), low
