@@ -56,6 +56,7 @@ def x():
         lambda w: w.copy_(torch.zeros(16, 12)),
         lambda w: w.unbind(0)[1].add_(1),
         lambda w: w.cpu().to(torch.float32).add_(1),
+        lambda w: torch.ops.aten.add_.Tensor(w, w),
     ],
 )
 def test_w7_a_write_into_the_weight_raises(model, x, write):
@@ -159,6 +160,55 @@ def test_compile_and_export(x):
             expected = model(x)
             assert torch.allclose(torch.compile(model, backend="eager", fullgraph=True)(x), expected, atol=1e-6)
             assert torch.allclose(torch.export.export(model, (x,)).module()(x), expected, atol=1e-6)
+
+
+class Writer(Reader):
+    """A parent that writes into its layer's weight in every call."""
+
+    def __init__(self, layer, write):
+        super().__init__(layer)
+        self.write = write
+
+    def forward(self, x):
+        self.write(self.layer.weight)
+        return super().forward(x)
+
+
+MAKERS = {
+    "compile": lambda model, x: torch.compile(model, backend="eager")(x),
+    "compile, whole": lambda model, x: torch.compile(model, backend="eager", fullgraph=True)(x),
+    "export": lambda model, x: torch.export.export(model, (x,)),
+    "strict export": lambda model, x: torch.export.export(model, (x,), strict=True),
+}
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.data.add_(1.0),
+        lambda w: w.t()[0].zero_(),
+        lambda w: w.__setitem__(0, 1.0),
+        lambda w: torch.add(w.detach(), 1, out=w.view(16, 12)),
+        lambda w: w.unbind(0)[1].add_(1),
+    ],
+)
+def test_w7_a_write_into_the_weight_raises_when_compiled_or_exported(x, write, make):
+    model = Writer(split_mlp()[0], write)
+    with torch.no_grad(), pytest.raises(Exception, match="would write into the weight of a SplitLinear, and be lost"):
+        MAKERS[make](model, x)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_what_is_computed_of_the_weight_may_be_written_into_when_compiled_or_exported(x, make):
+    with torch.no_grad():
+        MAKERS[make](Writer(split_mlp()[0], lambda w: (w.clone().add_(1), (w + 1).t().zero_())), x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated", "ignore:.*torch.jit.*is not supported")
+def test_w7_a_write_into_the_weight_raises_when_traced(x):
+    with torch.no_grad(), pytest.raises(ReadOnlyError, match="would write into the weight"):
+        torch.jit.trace(Writer(split_mlp()[0], lambda w: w.data.add_(1.0)), (x,), check_trace=False)
 
 
 def test_compile_of_a_quantized_model(x):
