@@ -1,7 +1,8 @@
 """quanto's include and exclude on a model that was split before: patterns that name a layer have to reach its parts.
 
 quanto matches the names of modules one by one, so that `exclude="head"` leaves a split layer `head` alone, and
-quantizes `head.lower` and its other parts. It tells nobody of its patterns; they are read off its call.
+quantizes `head.lower` and its other parts. It tells nobody of its patterns; they are read off its call: when it comes
+to a split layer, which has a place in quanto's table of layers for that alone, and when it replaces a part.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 from optimum.quanto import quantize
+from optimum.quanto.nn import register_qmodule
+from torch import nn
 
 from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.modules import SplitModule
@@ -20,6 +23,15 @@ if TYPE_CHECKING:
     from types import FrameType
 
 NEAR = 16  # quanto's call is a few frames above the assignment of a part
+
+
+@register_qmodule(SplitModule)
+class _NotQuantized(nn.Module):
+    """What quanto makes of a split layer itself: nothing. Its parts are quantized."""
+
+    @classmethod
+    def from_module(cls, module: nn.Module, **options: Any) -> None:
+        refuse_patterns_that_miss_parts()
 
 
 def refuse_patterns_that_miss_parts() -> None:

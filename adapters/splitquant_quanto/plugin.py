@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from splitquant_plugins.hookspecs import hookimpl
+from splitquant_quanto.when_imported import when_imported
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 def splitquant_register_backends(register: RegisterBackend) -> None:
     """Register quanto."""
     register("quanto", "splitquant_quanto.backend:QuantoBackend", "optimum-quanto, weights at INT2, INT4 and INT8")
+    when_imported("optimum.quanto", lambda: import_module("splitquant_quanto.patterns"))
 
 
 @hookimpl
