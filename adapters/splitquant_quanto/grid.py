@@ -33,6 +33,12 @@ def kept_by_tinygemm(shape: torch.Size, dtype: torch.dtype, bits: int) -> bool:
     return (bits, dtype, size, len(shape)) == (4, torch.bfloat16, 128, 2)
 
 
+def tinygemm_shift(scale: Tensor, shift: Tensor) -> Tensor:
+    """The shift that comes back from torch's int4 kernel: it holds 8 · scale − shift in its place, and rounds it."""
+    half = 8 * scale
+    return half - (-shift + half)
+
+
 def refuse_tinygemm_rows(shape: torch.Size, dtype: torch.dtype, bits: int, device: str = "cpu") -> None:
     """Raise ConfigError for a weight that torch's int4 kernel cannot hold, where quanto would fail inside."""
     if device == "cpu" and kept_by_tinygemm(shape, dtype, bits) and shape[0] % 16:
@@ -99,16 +105,19 @@ class QuantoGrid:
         return self._uniform(torch.Size([1, 1])).qparams(groups)
 
     def quantize_dequantize(self, tensor: Tensor) -> Tensor:
-        """Round a weight with quanto's own functions."""
+        """Round a weight as quanto does; any number of rows, which torch's int4 kernel could not hold."""
         if self.bits == 8:
-            scale, shift, size = AbsmaxOptimizer()(tensor, qtype=qint8, axis=0), None, None
-        else:
-            size = group_size_of(tensor.shape[1:].numel(), self.bits)
-            scale, shift = self._optimizer()(tensor, qtype=QTYPES[self.bits], axis=0, group_size=size)
-        rounded = quantize_weight(
-            tensor, qtype=QTYPES[self.bits], axis=0, scale=scale, shift=shift, group_size=size, activation_qtype=None
+            scale = AbsmaxOptimizer()(tensor, qtype=qint8, axis=0)
+            return quantize_weight(tensor, qtype=qint8, axis=0, scale=scale).dequantize()
+        size = group_size_of(tensor.shape[1:].numel(), self.bits)
+        scale, shift = self._optimizer()(tensor, qtype=QTYPES[self.bits], axis=0, group_size=size)
+        codes = torch.ops.quanto.quantize_affine(
+            tensor, bits=self.bits, axis=0, group_size=size, scale=scale, shift=shift
         )
-        return rounded.dequantize()
+        if kept_by_tinygemm(tensor.shape, tensor.dtype, self.bits):
+            shift = tinygemm_shift(scale, shift)
+        rounded: Tensor = (scale * codes).sub_(shift).reshape(tensor.shape)
+        return rounded
 
     def _optimizer(self) -> AffineOptimizer:
         return ZeroExactOptimizer()

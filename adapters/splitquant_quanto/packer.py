@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from splitquant_plugins.backends import Packer
 from splitquant_plugins.checkpoints.headers import TensorSpec
-from splitquant_quanto.grid import QTYPES, QuantoGrid, group_size_of, kept_by_tinygemm, refuse_tinygemm_rows
+from splitquant_quanto.grid import (
+    QTYPES,
+    QuantoGrid,
+    group_size_of,
+    kept_by_tinygemm,
+    refuse_tinygemm_rows,
+    tinygemm_shift,
+)
 from splitquant_quanto.optimizer import ZeroExactOptimizer
 from splitquant_quanto.quantization import LAYERS, splittable
 from splitquant_quanto.storage import ACTIVATION_SCALES, saved_tensors, write_description
@@ -54,9 +61,7 @@ class QuantoPacker(Packer):
         else:
             found = self._quantize_packed(rows, size, part)
         if kept_by_tinygemm(weight.shape, weight.dtype, self.bits):
-            # tinygemm holds 8 · scale − shift in place of the shift, and rounds it.
-            half = 2 ** (self.bits - 1) * found["weight._scale"]
-            found["weight._shift"] = half - (-found["weight._shift"] + half)
+            found["weight._shift"] = tinygemm_shift(found["weight._scale"], found["weight._shift"])
         return {**found, **last}
 
     def _quantize_whole(self, weight: Tensor, size: int | None, part: bool) -> dict[str, Tensor]:

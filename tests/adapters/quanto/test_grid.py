@@ -10,6 +10,8 @@ from torch import nn
 
 from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.grid import Grid
+from splitquant_plugins.passes.splitquant import SplitQuantPass
+from splitquant_plugins.plan import LayerPlan
 
 quanto = pytest.importorskip("optimum.quanto")
 
@@ -77,6 +79,18 @@ def test_random_weights(bits, rows, columns, dtype, zeros, seed):
     weight = torch.randn(rows, columns, generator=generator).to(dtype)
     weight[torch.rand(rows, columns, generator=generator) < zeros] = 0
     assert torch.equal(QuantoGrid(bits).quantize_dequantize(weight), frozen(weight, bits).dequantize())
+
+
+def test_the_kernel_that_takes_16_rows_does_not_limit_what_is_measured():
+    weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    rounded = QuantoGrid(4).quantize_dequantize(weight)
+    assert torch.equal(QuantoGrid(4).quantize_dequantize(weight[:3]), rounded[:3])
+    parts = SplitQuantPass(k=2).split_tensors("layer", LayerPlan("Linear", weight, None), QuantoGrid(4))
+    assert tensors_error(weight, parts.weight) < tensors_error(weight, [weight]) / 20
+
+
+def tensors_error(weight, parts):
+    return float((sum(QuantoGrid(4).quantize_dequantize(part).float() for part in parts) - weight.float()).square().sum())
 
 
 @given(
