@@ -11,7 +11,7 @@ from torch import Tensor
 
 from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.grid import Granularity, Scheme, UniformGrid
-from splitquant_quanto.optimizer import ZeroExactOptimizer
+from splitquant_quanto.optimizer import ZeroExactOptimizer, with_four_bits
 
 QTYPES = {2: qint2, 4: qint4, 8: qint8}
 
@@ -102,7 +102,17 @@ class QuantoGrid:
 
     def qparams(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point of 2-D `groups`, each of shape [groups, 1]."""
-        return self._uniform(torch.Size([1, 1])).qparams(groups)
+        scale, zero_point = self._uniform(torch.Size([1, 1])).qparams(groups)
+        # A group of a wide weight, or a row as long, which loses little by a scale of few bits.
+        if (self.bits, groups.dtype, groups.shape[1]) == (4, torch.bfloat16, 128):
+            scale = with_four_bits(scale)
+            low = groups.amin(dim=1, keepdim=True).clamp(max=0)
+            zero_point = (self.quant_min - torch.round(low / scale)).clamp(self.quant_min, self.quant_max)
+        return scale, zero_point
+
+    def scale_significant_bits(self, tensor: Tensor) -> int:
+        """How many bits the scales of a tensor's parts have, where torch's int4 kernel holds them; else 0: all."""
+        return 4 if kept_by_tinygemm(tensor.shape, tensor.dtype, self.bits) else 0
 
     def quantize_dequantize(self, tensor: Tensor) -> Tensor:
         """Round a weight as quanto does; any number of rows, which torch's int4 kernel could not hold."""

@@ -29,7 +29,7 @@ class ZeroExactOptimizer(AffineOptimizer):
         if (qtype.bits, base.dtype, group_size) == (4, torch.bfloat16, 128):
             # quanto keeps this format as tinygemm does, with 8 · scale − shift in bfloat16 instead of the shift.
             # A scale of 4 significant bits makes all its multiples up to 15 exact, and so the zero.
-            scale = _with_four_bits(scale)
+            scale = with_four_bits(scale)
             shift = torch.round(shift / scale) * scale
         if zeropoint:
             shift = torch.round(shift / scale).to(torch.uint8)
@@ -56,10 +56,13 @@ class ZeroExactOptimizer(AffineOptimizer):
         return scale, torch.round(shift / scale).clamp(0, levels) * scale
 
 
-def _with_four_bits(scale: Tensor) -> Tensor:
-    """Round positive scales up to 4 significant bits."""
+def with_four_bits(scale: Tensor) -> Tensor:
+    """Round positive scales up to 4 significant bits, or down by less than a quarter of a step over a range.
+
+    The ends of a part's range are themselves rounded to 8 bits, and must not make its scale the next larger one.
+    """
     mantissa, exponent = torch.frexp(scale.float())
-    return torch.ldexp(torch.ceil(mantissa * 16) / 16, exponent).to(scale.dtype)
+    return torch.ldexp(torch.ceil(mantissa * 16 - 0.125) / 16, exponent).to(scale.dtype)
 
 
 def make_zero_exact(module: nn.Module) -> None:

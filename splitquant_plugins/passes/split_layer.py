@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from splitquant_plugins.errors import CannotSplit, ConfigError, SplitFailedError, SplitQuantWarning
 from splitquant_plugins.passes.budget import Candidate
 from splitquant_plugins.passes.checks import refuse_malformed_parts, refuse_wrong_sum
-from splitquant_plugins.solvers.rounding_error import output_error
+from splitquant_plugins.solvers.rounding_error import output_error, rounds_rows_alone
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MOST_BUDGET_PARTS = 4
 # Sums of squares in another order differ by less, relative to the sum.
 ROUNDING = 1e-9
+# Weights of a layer that a budget's candidates are measured with.
+_MEASURED = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -145,18 +147,33 @@ class CandidateMeasure:
         """Return the candidates, with the squared error of the layer's weights, or of its outputs with calibration.
 
         Relative to the layer's own energy, errors ask for parts where the weights are small and matter little;
-        measured, absolute ones keep more of a model's outputs at the same budget.
+        measured, absolute ones keep more of a model's outputs at the same budget. Of a large weight, rows are measured.
         """
-        weight, plan, grid = task.weight, task.weight_plan, task.grid
+        plan, grid = task.weight_plan, task.grid
         if grid is None:
             raise ConfigError(f"budget: the recipe states no grid for {plan.layer}, so gains cannot be measured")
-        bits = grid.stored_bits(weight.shape)
-        candidates = [Candidate(1, bits, output_error(weight, [weight], grid, plan.second_moment))]
+        bits = grid.stored_bits(task.weight.shape)
+        weight = _even_rows(task.weight, grid, plan.second_moment)
+        times = task.weight.numel() / max(weight.numel(), 1)
+        candidates = [Candidate(1, bits, times * output_error(weight, [weight], grid, plan.second_moment))]
         for k in range(2, MOST_BUDGET_PARTS + 1):
-            split = self._split(replace(task, bias=None, weight_plan=replace(plan, k=k)))
+            split = self._split(replace(task, weight=weight, bias=None, weight_plan=replace(plan, k=k)))
             if split.error is not None:
-                candidates.append(Candidate(k, len(split.weight) * bits, split.error.split))
+                candidates.append(Candidate(k, len(split.weight) * bits, times * split.error.split))
         return candidates
+
+
+def _even_rows(weight: Tensor, grid: Grid, second_moment: Tensor | None) -> Tensor:
+    """As many even rows as hold `_MEASURED` weights, where the grid rounds each by itself; else the weight.
+
+    Errors of one layer's candidates differ by factors, and those of rows by percents.
+    """
+    if weight.ndim < 2 or weight.numel() <= _MEASURED or (second_moment is not None and len(second_moment) > 1):
+        return weight
+    rows = max(2, _MEASURED // weight[0].numel())
+    if rows >= len(weight) or not rounds_rows_alone(grid, weight):
+        return weight
+    return weight[torch.linspace(0, len(weight) - 1, rows, device=weight.device).round().long()]
 
 
 @torch.no_grad()

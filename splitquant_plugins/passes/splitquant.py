@@ -239,9 +239,14 @@ class SplitQuantPass(ModelPass):
                 "call .apply(model, grid=UniformGrid(...))"
             )
 
-    def split_tensors(self, name: str, plan: LayerPlan, grid: Grid | GridRule | None = None) -> SplitTensors:
-        """Split and check the tensors of one layer, without touching any module; for those who have no modules."""
-        return check_split(name, plan, LayerSplitter(self.plugins)(self.task(name, plan, grid)))
+    def split_tensors(
+        self, name: str, plan: LayerPlan, grid: Grid | GridRule | None = None, k: int | None = None
+    ) -> SplitTensors:
+        """Split and check the tensors of one layer, without touching any module; for those who have no modules.
+
+        In `k` parts, or as many as the options say.
+        """
+        return check_split(name, plan, LayerSplitter(self.plugins)(self.task(name, plan, grid, k)))
 
     def candidates(self, name: str, plan: LayerPlan, grid: Grid) -> list[Candidate]:
         """What 1 to 4 parts of a layer would store and what error they would leave, without calibration."""

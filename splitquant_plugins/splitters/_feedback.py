@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from splitquant_plugins.solvers.gptq import Where, descend, feedback_codes
-from splitquant_plugins.splitters._joint import Codebooks, Levels, levels, nearest, realise, rules_of, search
+from splitquant_plugins.splitters._joint import Codebooks, Levels, levels, nearest, realise, rules_for, search
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +26,7 @@ def joint_parts_for_outputs(tensor: Tensor, grid: Grid, found: Sequence[Shape], 
 
     `moment` is H [groups, d, d]; scales are still those of the least error of the weights.
     """
-    rules = rules_of(found)
+    rules = rules_for(tensor, grid, found)
     wide = torch.promote_types(tensor.dtype, torch.float32)
     pieces = [groups.to(wide) for groups in grid.groups(tensor)]
     books: list[Codebooks] = [search(groups, rules, k) for groups in pieces]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from splitquant_plugins.parallel import CHUNK, in_threads
+from splitquant_plugins.splitters._few_bits import scale_bits, scales_of_few_bits
 from splitquant_plugins.splitters._power_of_two import round_scales
 from splitquant_plugins.splitters._search import rank_starts, search_groups
 from splitquant_plugins.splitters._shapes import MARGIN, Shape
@@ -99,6 +100,16 @@ class Effort:
     # Values of all sample groups together.
     sample_values: int = 1 << 18
 
+    def for_groups(self, n: int, sums: int) -> Effort:
+        """What is enough for groups of `n` values that have so many sums.
+
+        Where sums outnumber values, most codebooks serve: two parts of INT4 affine in groups of 128 reach 43.0 dB in
+        place of 43.4 on log-normal mixtures of normal values, in a quarter of the time.
+        """
+        if sums < n:
+            return self
+        return replace(self, priced_sums=self.priced_sums >> 4, from_library=(), then=(), again_one_in=64)
+
 
 EFFORT = Effort()
 
@@ -110,7 +121,7 @@ class Rules:
     `codes` [shapes, c]; `reach` [shapes, 6]: how far values may go below and above 0, the lowest and highest end,
     and how far each is off its level; `spans` [2, shapes, c]: what rounds to each code; `pins` [shapes, p, 2]: value
     and level of each end that has to occur, NaN where there are fewer; `either`: one of them will do;
-    `power_of_two`: scales are powers of two.
+    `power_of_two`: scales are powers of two; `scale_bits`: they have so many significant bits, where not 0.
     """
 
     codes: Array
@@ -119,6 +130,7 @@ class Rules:
     pins: Array
     either: bool
     power_of_two: bool = False
+    scale_bits: int = 0
 
     @property
     def width(self) -> int:
@@ -140,6 +152,11 @@ def rules_of(found: Sequence[Shape]) -> Rules:
         pins[i, : len(shape.pins)] = shape.pins
     spans = np.stack([np.maximum(codes - 0.5 + MARGIN, ends[:, :1]), np.minimum(codes + 0.5 - MARGIN, ends[:, 1:])])
     return Rules(codes, reach, spans, pins, found[0].either, found[0].power_of_two)
+
+
+def rules_for(tensor: Tensor, grid: Grid, found: Sequence[Shape]) -> Rules:
+    """The rules of the parts of a tensor."""
+    return replace(rules_of(found), scale_bits=scale_bits(grid, tensor))
 
 
 @dataclass(frozen=True)
@@ -166,6 +183,7 @@ def search(groups: Tensor, rules: Rules, k: int, *, cover: bool = True, effort: 
     """
     number, n = groups.shape
     sums = rules.width**k
+    effort = effort.for_groups(n, sums)
     bins = min(effort.most_bins, max(effort.fewest_bins, effort.bins_per_sum * sums))
     flags = np.array([rules.either, cover])
     books = Codebooks(np.zeros((number, k), np.int64), np.zeros((number, k)), np.zeros(number))
@@ -248,9 +266,12 @@ def _descended(
 
 
 def _round_scales(found: Codebooks, rules: Rules, flags: Array, values: Array, bins: int) -> None:
-    """Where the grid has powers of two only, the best of these, in place."""
+    """Where the grid has some scales only, the best of these, in place."""
+    books = found.shape, found.scale, found.error
     if rules.power_of_two:
-        round_scales(*(rules.codes, rules.reach, flags, values, bins), *(found.shape, found.scale, found.error))
+        round_scales(rules.codes, rules.reach, flags, values, bins, *books)
+    elif rules.scale_bits:
+        scales_of_few_bits(rules.codes, rules.reach, flags, values, bins, rules.scale_bits, *books)
 
 
 def _library(
@@ -387,7 +408,7 @@ def joint_parts(tensor: Tensor, grid: Grid, found: Sequence[Shape], k: int) -> l
 
     Their sum is off by at most eps times the last part's magnitude; see `complete_one`.
     """
-    rules = rules_of(found)
+    rules = rules_for(tensor, grid, found)
     pieces = [realise(groups, rules, search(groups, rules, k)) for groups in grid.groups(tensor)]
     return [grid.from_groups([parts[j] for parts in pieces], tensor.shape) for j in range(k)]
 

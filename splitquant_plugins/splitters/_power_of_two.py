@@ -22,7 +22,8 @@ _DEEPER = 2
 
 
 @compiled
-def _covers(rules: Array, shape: Array, scale: Array, frame: Array) -> bool:
+def covers(rules: Array, shape: Array, scale: Array, frame: Array) -> bool:
+    """Whether the ranges of the parts together cover a binned group."""
     above, below = 0.0, 0.0
     for j in range(len(shape)):
         below += rules[shape[j], 0] * scale[j]
@@ -72,7 +73,7 @@ def round_scales(
                 exponent -= rest % deep
                 rest //= deep
                 trial[j] = 2.0**exponent / peak
-            if _covers(rules, shape[group], trial, frame):
+            if covers(rules, shape[group], trial, frame):
                 new = codebook_cost(codes, rules, flags, shape[group], trial, frame, table, room)
                 if new < least:
                     least = new
@@ -84,7 +85,7 @@ def round_scales(
                 for step in range(-1, 2):
                     trial[:] = best
                     trial[part] *= 2.0**step
-                    if not _covers(rules, other, trial, frame):
+                    if not covers(rules, other, trial, frame):
                         continue
                     new = codebook_cost(codes, rules, flags, other, trial, frame, table, room)
                     if new < least:

@@ -117,7 +117,8 @@ def open_job(job: Job) -> Shards:
         raise InputError(
             f"{checkpoint} has another {different[0]} there; give a path that is the same storage on all machines"
         )
-    return Shards(source, make_layout(source, first, packer), first, packer, place, job.shard_bytes)
+    parts = place.parts() if first.config.budget is not None else None
+    return Shards(source, make_layout(source, first, packer, parts), first, packer, place, job.shard_bytes)
 
 
 def version_of(package: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +18,10 @@ from splitquant_plugins.checkpoints.transformers_models import empty_model, load
 from splitquant_plugins.errors import AlreadyQuantizedError, ConfigError, InputError
 from splitquant_plugins.modules import part_names
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d, occurrences
-from splitquant_plugins.passes.select import Layer, select_layers
-from splitquant_plugins.passes.splitquant import SplitQuantPass
-from splitquant_plugins.plan import LayerPlan
+from splitquant_plugins.passes.select import Layer, Selection, select_layers
+from splitquant_plugins.passes.split_layer import MOST_BUDGET_PARTS
+from splitquant_plugins.passes.splitquant import WITHIN_BUDGET, SplitQuantPass
+from splitquant_plugins.plan import LayerPlan, Skip
 
 IN_MEMORY = "use --no-stream to load the model into memory"
 
@@ -30,8 +31,8 @@ class Unit:
     """One step of the work: a layer to be split and packed, one to be packed whole, or a tensor to be copied.
 
     `names` are those of the layer, or of the tensor; what is written goes under the first. `sources` are the
-    tensors of the checkpoint by parameter name ("" for a tensor that is copied). A `transposed` layer stores its
-    weight as [in, out].
+    tensors of the checkpoint by parameter name ("" for a tensor that is copied). A layer that is split becomes at
+    most `k` parts; a `transposed` one stores its weight as [in, out].
     """
 
     names: tuple[str, ...]
@@ -40,6 +41,7 @@ class Unit:
     kind: Literal["split", "whole", "copy"]
     plan: LayerPlan | None = None
     transposed: bool = False
+    k: int = 1
 
     @property
     def bytes(self) -> int:
@@ -83,8 +85,10 @@ def empty_skeleton(folder: Path) -> tuple[nn.Module, torch.dtype | None]:
     return model, dtype if isinstance(dtype, torch.dtype) else None
 
 
-def make_layout(source: Source, first: SplitQuantPass, packer: Packer) -> Layout:
-    """Decide what becomes of each tensor.
+def make_layout(
+    source: Source, first: SplitQuantPass, packer: Packer, parts: Mapping[str, int] | None = None
+) -> Layout:
+    """Decide what becomes of each tensor; `parts` are those of each layer, where a budget has chosen them.
 
     Raises InputError where checkpoint and model do not fit each other, ConfigError for what needs the model in
     memory.
@@ -94,6 +98,8 @@ def make_layout(source: Source, first: SplitQuantPass, packer: Packer) -> Layout
     if notes:
         raise ConfigError(f"streaming cannot prepare the model ({notes[0]}); {IN_MEMORY}")
     selection = select_layers(model, first.config, first.plugins, packer.ignored(model))
+    selection = _within_budget(selection, parts or {})
+    most = first.config.k if first.config.budget is None else MOST_BUDGET_PARTS
     chosen = {layer.name: layer.plan for layer in selection.split}
     quantized = set(packer.quantized(model))
     if not quantized:
@@ -124,9 +130,10 @@ def make_layout(source: Source, first: SplitQuantPass, packer: Packer) -> Layout
         specs = {role: parameters.spec_of(name) for role, name in sources.items()}
         if transposed:
             specs["weight"] = TensorSpec(specs["weight"].dtype, specs["weight"].shape[::-1])
-        outputs = _outputs(names[0], specs, packer, first.config.k if split else 0)
+        k = (parts or {}).get(names[0], most)
+        outputs = _outputs(names[0], specs, packer, k if split else 0)
         kind: Literal["split", "whole"] = "split" if split else "whole"
-        units.append(Unit(tuple(names), sources, outputs, kind, chosen.get(names[0]), transposed))
+        units.append(Unit(tuple(names), sources, outputs, kind, chosen.get(names[0]), transposed, k))
     for group in parameters.tied_groups(consumed):
         origin = parameters.source_of(group[0])
         units.append(Unit(tuple(group), {"": origin}, ((group[0], parameters.spec_of(origin)),), "copy"))
@@ -137,6 +144,13 @@ def make_layout(source: Source, first: SplitQuantPass, packer: Packer) -> Layout
     return Layout(
         model, units, selection.ignored, [layer.name for layer in selection.split], parameters.dtypes, same_as
     )
+
+
+def _within_budget(selection: Selection, parts: Mapping[str, int]) -> Selection:
+    """The selection without the layers to which a budget gives one part."""
+    whole = [replace(layer, answer=Skip(WITHIN_BUDGET)) for layer in selection.split if parts.get(layer.name) == 1]
+    split = [layer for layer in selection.split if parts.get(layer.name) != 1]
+    return Selection(split, [*selection.ignored, *whole])
 
 
 def _outputs(layer: str, specs: Mapping[str, TensorSpec], packer: Packer, k: int) -> tuple[tuple[str, TensorSpec], ...]:

@@ -69,7 +69,7 @@ def quantize_model(
             raise ConfigError("a scheduler works on checkpoints that are streamed; leave out --no-stream")
         stream = True
     if stream is None:
-        needs_model = first.calibration is not None or first.config.budget is not None or first.config.activations
+        needs_model = first.calibration is not None or first.config.activations
         stream = is_sharded(model) and chosen.packer(form) is not None and not needs_model
     figures = partial(_stream, scheduler=scheduler) if stream else _in_memory
     return {

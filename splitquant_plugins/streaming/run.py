@@ -18,6 +18,7 @@ from splitquant_plugins.manifest import LayerRecord, Manifest
 from splitquant_plugins.passes.record import ignored_record, new_manifest
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.progress import track
+from splitquant_plugins.streaming.budget import parts_within_budget
 from splitquant_plugins.streaming.cluster import make_shards_on_cluster
 from splitquant_plugins.streaming.job import Job, describe_job, plan_of
 from splitquant_plugins.streaming.layout import IN_MEMORY, Layout, make_layout
@@ -79,6 +80,10 @@ def stream_model(
     with place.locked():
         plan = plan_of(source, first, backend.name, form, shard_bytes)
         place.begin(plan)
+        if first.config.budget is not None:
+            layout = make_layout(
+                source, first, packer, _chosen_parts(place, source, layout, first, packer, working_bytes)
+            )
         shards = Shards(source, layout, first, packer, place, shard_bytes)
         numbers = range(len(shards.files))
         done = {number: record for number in numbers if (record := shards.record(number)) is not None}
@@ -103,6 +108,19 @@ def stream_model(
                 f"the disk of {place.folder} is full; free some space and run the command again: finished shards are "
                 "kept, and it goes on from there"
             ) from None
+
+
+def _chosen_parts(
+    place: Workplace, source: Source, layout: Layout, first: SplitQuantPass, packer: Packer, working_bytes: int
+) -> dict[str, int]:
+    """The parts that the budget gives to each layer: measured once, and found again by whoever goes on."""
+    parts = place.parts()
+    if parts is None:
+        parts = parts_within_budget(
+            Shards(source, layout, first, packer, place, SHARD_BYTES), layout, first, working_bytes=working_bytes
+        )
+        place.write_parts(parts)
+    return parts
 
 
 def _make_here(
@@ -183,7 +201,6 @@ def _conclude(
 def _refuse_what_needs_the_model(first: SplitQuantPass) -> None:
     for option, given in (
         ("calibration", first.calibration is not None),
-        ("budget", first.config.budget is not None),
         ("activations", first.config.activations),
     ):
         if given:

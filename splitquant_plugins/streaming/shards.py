@@ -14,6 +14,7 @@ from splitquant_plugins.checkpoints.headers import TensorSpec, longest_header
 from splitquant_plugins.checkpoints.source import Source
 from splitquant_plugins.errors import SplitFailedError
 from splitquant_plugins.manifest import LayerRecord
+from splitquant_plugins.passes.budget import Candidate
 from splitquant_plugins.passes.record import layer_record
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.streaming.layout import Layout, Unit
@@ -68,7 +69,7 @@ class Shards:
         """Bytes that a unit takes while it is worked on: the weight, its parts, what they become, and their sum."""
         if unit.kind == "copy":
             return 0
-        copies = self._first.config.k + 3 if unit.kind == "split" else 1
+        copies = unit.k + 3 if unit.kind == "split" else 1
         return copies * self._source.spec(unit.sources["weight"]).bytes + unit.bytes
 
     @torch.no_grad()
@@ -77,9 +78,7 @@ class Shards:
         if unit.kind == "copy":
             return Done()
         started = time.perf_counter()
-        tensors = {role: self._source.read(name, self._layout.dtypes[name]) for role, name in unit.sources.items()}
-        for role, name in unit.sources.items():
-            _refuse_unfit_values(name, tensors[role])
+        tensors = {role: self._read(name) for role, name in unit.sources.items()}
         if unit.transposed:
             tensors["weight"] = tensors["weight"].t()
         name = unit.names[0]
@@ -87,7 +86,7 @@ class Shards:
         parts: list[tuple[str, Tensor, Tensor | None]] = []
         if unit.plan is not None:
             plan = replace(unit.plan, weight=tensors["weight"], bias=tensors.get("bias"))
-            split = self._first.split_tensors(name, plan, self._packer.grid)
+            split = self._first.split_tensors(name, plan, self._packer.grid, unit.k)
             done.layer = layer_record(unit.names, plan, split)
             parts = list(zip((f"{name}.{part}" for part in done.layer.parts), split.weight, split.bias, strict=True))
             split.weight.clear()
@@ -106,6 +105,19 @@ class Shards:
                 done.tensors[f"{owner}.bias"] = bias
         done.pack_seconds = time.perf_counter() - started
         return done
+
+    @torch.no_grad()
+    def candidates(self, unit: Unit) -> list[Candidate]:
+        """What a layer that is to be split would store in 1 to 4 parts, and the error of each on the packer's grid."""
+        assert unit.plan is not None
+        weight = self._read(unit.sources["weight"])
+        plan = replace(unit.plan, weight=weight.t() if unit.transposed else weight, bias=None)
+        return self._first.candidates(unit.names[0], plan, self._packer.grid)
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self._source.read(name, self._layout.dtypes[name])
+        _refuse_unfit_values(name, tensor)
+        return tensor
 
     def write(
         self, number: int, made: Iterator[Done], tell: Callable[[LayerRecord | None], None] = nothing_to_tell

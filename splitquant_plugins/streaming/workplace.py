@@ -1,6 +1,7 @@
 """The half-done output, beside the place where it will appear: `NAME.partial`.
 
-It holds `plan.json`, which says what is being made of what; `done/`, a record for each shard; and `model/`, which
+It holds `plan.json`, which says what is being made of what; `parts.json`, where a budget has chosen the parts of each
+layer; `done/`, a record for each shard; and `model/`, which
 becomes the output. A record is written before its shard appears, and a shard appears whole, so that a shard is
 done when both are there, and size and SHA-256 of the one are those that the other states.
 """
@@ -93,6 +94,20 @@ class Workplace:
         for folder in (self.model, self._done):
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise InputError(f"{folder} cannot be written there; start the worker as the same user")
+
+    def parts(self) -> dict[str, int] | None:
+        """The parts of each layer that were chosen within a budget; None where they were not yet."""
+        path = self.folder / "parts.json"
+        if not path.exists():
+            return None
+        found = read_json(path)
+        if not isinstance(found, dict) or not all(isinstance(k, int) for k in found.values()):
+            raise InputError(f"{path} is damaged; delete {self.folder} to begin anew")
+        return found
+
+    def write_parts(self, parts: Mapping[str, int]) -> None:
+        """Keep the chosen parts, so that what goes on later goes on with the same."""
+        write_json(self.folder / "parts.json", dict(parts))
 
     def record_of(self, file: str) -> ShardRecord | None:
         """Return the record of a shard if it is done."""

@@ -19,8 +19,10 @@ from splitquant_plugins.backends import WeightRequest
 from splitquant_plugins.checkpoints.headers import read_header
 from splitquant_plugins.errors import AlreadyQuantizedError, ConfigError, InputError, SplitFailedError
 from splitquant_plugins.manifest import Manifest
+from splitquant_plugins.passes import split_layer
 from splitquant_plugins.streaming import run, workplace, writer
 from splitquant_plugins.streaming.quantize_model import quantize_model
+from splitquant_plugins.streaming.shards import Shards
 
 BESIDE = ("config.json", "quanto_qmap.json", "splitquant_storage.json", "splitquant_inc.json")
 IDS = torch.arange(3, 15).reshape(1, 12)
@@ -178,6 +180,44 @@ def test_several_threads_and_a_small_budget_give_the_same(checkpoints, stream, t
     stream(folder, "three", jobs=-1)
     assert_same_folders(tmp_path / "one", tmp_path / "two", read_all)
     assert_same_folders(tmp_path / "one", tmp_path / "three", read_all)
+
+
+def test_a_budget_chooses_the_parts_that_it_chooses_in_memory(plugins, checkpoints, tmp_path, read_all, monkeypatch):
+    monkeypatch.setattr(run, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(split_layer, "_MEASURED", 1 << 11)
+    folder = checkpoints.save(checkpoints.bert())
+    request, options = WeightRequest("int4"), {"budget": 11.0, "jobs": 2}
+    rows = [
+        quantize_model(plugins, str(folder), "quanto", request, "kmeans", tmp_path / str(stream), dict(options), stream)
+        for stream in (False, None)
+    ]
+    assert [row["streamed"] for row in rows] == [False, True]
+    # Codes of the parts, and what the scales of parts and of layers left whole take beside them.
+    assert rows[1]["bits_per_weight"] == rows[0]["bits_per_weight"] <= 11
+    parts = {layer.name: layer.k for layer in Manifest.load(tmp_path / "None").split}
+    assert len(set(parts.values())) > 1
+    assert_same_folders(tmp_path / "False", tmp_path / "None", read_all)
+
+
+def test_what_goes_on_keeps_the_parts_that_the_budget_gave(
+    checkpoints, stream, tmp_path, read_all, monkeypatch, stopped_after_two_shards
+):
+    folder = checkpoints.save(checkpoints.bert())
+    options = {"splitter": "kmeans", "budget": 11.0}
+    stream(folder, "expected", **options)
+    with stopped_after_two_shards():
+        stream(folder, "stopped", **options)
+
+    def never(*arguments, **keywords):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(Shards, "candidates", never)
+    assert stream(folder, "stopped", **options).shards_found_done == 2
+    assert_same_folders(tmp_path / "expected", tmp_path / "stopped", read_all)
+    (tmp_path / "damaged.partial").mkdir()
+    (tmp_path / "damaged.partial" / "parts.json").write_text("[]")
+    with pytest.raises(InputError, match=r"parts.json is damaged"):
+        stream(folder, "damaged", **options)
 
 
 class Stop(BaseException):
@@ -400,8 +440,6 @@ def test_tied_tensors_that_differ(checkpoints, stream):
 
 def test_what_needs_the_whole_model_is_refused(checkpoints, stream, plugins, tmp_path):
     folder = checkpoints.save(checkpoints.bert())
-    with pytest.raises(ConfigError, match="budget needs the whole model"):
-        stream(folder, splitter="kmeans", budget=6.0)
     with pytest.raises(ConfigError, match="activations needs the whole model"):
         stream(folder, activations=True)
     with pytest.raises(InputError, match="is not a folder, and only local checkpoints are streamed"):

@@ -90,7 +90,9 @@ def test_the_kernel_that_takes_16_rows_does_not_limit_what_is_measured():
 
 
 def tensors_error(weight, parts):
-    return float((sum(QuantoGrid(4).quantize_dequantize(part).float() for part in parts) - weight.float()).square().sum())
+    return float(
+        (sum(QuantoGrid(4).quantize_dequantize(part).float() for part in parts) - weight.float()).square().sum()
+    )
 
 
 @given(
