@@ -6,13 +6,15 @@
     recipe = SplitQuantPass() + your_recipe     # or attached to a recipe
 
 The names below are loaded when first used, so that importing the package, as every plugin does for
-`hookimpl`, costs no import of torch.
+`hookimpl`, costs no import of torch. After the import, transformers' `from_pretrained` loads what `save_pretrained`
+wrote of a split model.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from splitquant_plugins.hookspecs import hookimpl
+from splitquant_plugins.pretrained.on_import import register_with_transformers
 
 if TYPE_CHECKING:
     from splitquant_plugins.config import SplitConfig
@@ -67,6 +69,8 @@ __all__ = [
     "self_calibration",
     "unfuse",
 ]
+
+register_with_transformers()
 
 
 def __getattr__(name: str) -> Any:

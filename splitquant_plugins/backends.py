@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from splitquant_plugins.checkpoints.headers import TensorSpec
+    from splitquant_plugins.checkpoints.saved_layers import SavedLayers
     from splitquant_plugins.grid import Granularity, Grid, Scheme
     from splitquant_plugins.passes.base import ModelPass
 
@@ -194,7 +195,8 @@ class Backend(ABC):
 
     `packages` are the distributions to be installed, `extra` the extra that installs them. `support` lists,
     by weight width, what the backend can do; `any_group_size` whether `group_size` is free. `methods` are the ways
-    to choose codes, of which `calibrated` ones run the batches that `quantize` is given.
+    to choose codes, of which `calibrated` ones run the batches that `quantize` is given. `library` is the module that
+    is imported wherever the backend has quantized a layer.
     """
 
     name: ClassVar[str]
@@ -204,6 +206,7 @@ class Backend(ABC):
     default_group_size: ClassVar[int | None] = None
     methods: ClassVar[tuple[str, ...]] = (ROUND_TO_NEAREST,)
     calibrated: ClassVar[tuple[str, ...]] = ()
+    library: ClassVar[str] = ""
 
     def require(self) -> None:
         """Raise MissingExtraError unless the backend's packages are installed."""
@@ -253,6 +256,10 @@ class Backend(ABC):
 
     def packer(self, chosen: WeightFormat) -> Packer | None:
         """Return what quantizes single weights, so that checkpoints can be streamed; None where it cannot."""
+        return None
+
+    def saved_layers(self) -> SavedLayers | None:
+        """Return how single layers are saved by transformers' `save_pretrained`; None where they cannot be."""
         return None
 
     @abstractmethod

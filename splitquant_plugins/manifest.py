@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from splitquant_plugins.checkpoints.files import write_text
+from splitquant_plugins.checkpoints.pretrained_config import describe_to_transformers
 from splitquant_plugins.config import SplitConfig
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
 
@@ -169,5 +170,6 @@ def manifest_of(model: nn.Module) -> Manifest:
 
 
 def set_manifest(model: nn.Module, manifest: Manifest) -> None:
-    """Attach the manifest to the model that it describes."""
+    """Attach the manifest to the model that it describes, and have a transformers model save it with itself."""
     setattr(model, ATTRIBUTE, manifest)
+    describe_to_transformers(model, manifest)

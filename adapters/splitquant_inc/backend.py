@@ -25,6 +25,7 @@ from splitquant_plugins.errors import ConfigError, InputError
 if TYPE_CHECKING:
     from torch import nn
 
+    from splitquant_plugins.checkpoints.saved_layers import SavedLayers
     from splitquant_plugins.grid import Grid
     from splitquant_plugins.passes.base import ModelPass
 
@@ -48,6 +49,7 @@ class IncBackend(Backend):
     default_group_size = 32
     methods = ("rtn", "hqq", "gptq")
     calibrated = ("gptq",)
+    library = "neural_compressor.torch"
 
     def require(self) -> None:
         """Raise MissingExtraError unless one of INC's two distributions is installed."""
@@ -74,6 +76,13 @@ class IncBackend(Backend):
         from splitquant_inc.packer import IncRtnPacker
 
         return IncRtnPacker(IncRtnGrid(chosen.bits, chosen.scheme, chosen.group_size), _rtn(chosen))
+
+    def saved_layers(self) -> SavedLayers:
+        """Return how INC's layers are saved."""
+        _import_in_order()
+        from splitquant_inc.saved_layers import IncLayers
+
+        return IncLayers()
 
     def quantize(
         self,

@@ -85,12 +85,15 @@ class PackedHqq(_Strict):
         return made
 
 
+AnyPacked = Annotated[PackedInc | PackedHqq, Field(discriminator="kind")]
+
+
 class Storage(_Strict):
     """What is needed beside the tensors; `same_as` names tensors that share another's memory."""
 
     format: Literal[1] = 1
     backend: Literal["inc"] = "inc"
-    layers: dict[str, Annotated[PackedInc | PackedHqq, Field(discriminator="kind")]]
+    layers: dict[str, AnyPacked]
     same_as: dict[str, str] = {}
 
     @classmethod

@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from splitquant_inc.packing import PackedHqq, PackedInc, Storage, empty_module, packed_layer
 from splitquant_inc.stored_layers import quantized_layers
 from splitquant_plugins.checkpoints.files import write_json
+from splitquant_plugins.checkpoints.pretrained_config import plain_configuration
 from splitquant_plugins.checkpoints.source import SINGLE_FILE
 from splitquant_plugins.checkpoints.tensors import read_state, untied_state, write_tensors
 from splitquant_plugins.checkpoints.transformers_models import load_generation_config, save_generation_config
@@ -66,8 +67,7 @@ def write_description(
     write_json(folder / STORAGE_FILE, Storage(layers=dict(layers), same_as=dict(same_as)).model_dump())
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
-        options = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
-        write_json(folder / "config.json", {**options, "architectures": [type(model).__name__]})
+        write_json(folder / "config.json", {**plain_configuration(config), "architectures": [type(model).__name__]})
         save_generation_config(model, folder)
 
 
@@ -147,12 +147,17 @@ def _fit(model: nn.Module, name: str, layer: PackedInc | PackedHqq, folder: Path
             f"{folder} quantizes {name}, which {type(model).__name__} does not have; if it is a part of a split "
             f"layer, {FILE_NAME} is missing"
         ) from None
+    refuse_misfit(module, name, layer, folder)
+
+
+def refuse_misfit(module: Any, name: str, layer: PackedInc | PackedHqq, where: str | Path) -> None:
+    """Raise SkeletonMismatchError unless a packed layer has the inputs and outputs of the float one."""
     inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if is_transformers_conv1d(module):
         inputs, outputs = module.weight.shape
     if (inputs, outputs) != (layer.in_features, layer.out_features):
         raise SkeletonMismatchError(
-            f"{folder}: {name} is packed with {layer.in_features} inputs and {layer.out_features} outputs, and is a "
+            f"{where}: {name} is packed with {layer.in_features} inputs and {layer.out_features} outputs, and is a "
             f"{type(module).__name__} with {inputs} and {outputs} here"
         )
 

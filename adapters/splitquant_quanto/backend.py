@@ -19,6 +19,7 @@ from splitquant_plugins.backends import (
     WeightRequest,
     quantized_by,
 )
+from splitquant_plugins.checkpoints.saved_layers import SavedLayers
 from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.grid import Grid
 from splitquant_plugins.passes.base import ModelPass
@@ -36,6 +37,7 @@ class QuantoBackend(Backend):
         "int8": Support(("channel",), ("symmetric",)),
     }
     methods = ("rtn", "hqq")
+    library = "optimum.quanto"
 
     def resolve(self, request: WeightRequest) -> WeightFormat:
         """Fill the gaps of a request; HQQ is for weights with a shift."""
@@ -57,6 +59,12 @@ class QuantoBackend(Backend):
         from splitquant_quanto.packer import QuantoPacker
 
         return QuantoPacker(chosen.bits)
+
+    def saved_layers(self) -> SavedLayers:
+        """Return how quanto's layers are saved."""
+        from splitquant_quanto.saved_layers import QuantoLayers
+
+        return QuantoLayers()
 
     def quantize(
         self,

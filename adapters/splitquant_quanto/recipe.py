@@ -18,7 +18,6 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.quantizer_quanto import QuantoHfQuantizer
-from transformers.utils import logging
 
 import splitquant_plugins.decoupleq.decoupleq_pass
 import splitquant_plugins.passes.splitquant  # noqa: F401
@@ -78,11 +77,7 @@ class SplitQuantoHfQuantizer(QuantoHfQuantizer):
         return False
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """No: transformers cannot rebuild a split model; splitquant_quanto.save can."""
-        logging.get_logger(__name__).warning(
-            "save a split quanto model with splitquant_quanto.save(model, folder), and load it with "
-            "splitquant_quanto.load(folder)"
-        )
+        """No: the pass leaves the model with a quantizer that is, and that saves what came of this one."""
         return False
 
 

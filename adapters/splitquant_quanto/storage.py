@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from splitquant_plugins.checkpoints.files import read_json, write_json
 from splitquant_plugins.checkpoints.headers import TensorSpec
+from splitquant_plugins.checkpoints.pretrained_config import plain_configuration
 from splitquant_plugins.checkpoints.source import SINGLE_FILE
 from splitquant_plugins.checkpoints.tensors import read_state, untied_state, write_tensors
 from splitquant_plugins.checkpoints.transformers_models import (
@@ -88,8 +89,7 @@ def write_description(folder: Path, model: nn.Module, qmap: dict[str, dict[str, 
     write_json(folder / QMAP_FILE, qmap)
     write_json(folder / STORAGE_FILE, Storage(same_as=same_as).model_dump())
     if isinstance(model, PreTrainedModel):
-        config = model.config.to_dict()
-        config.pop("quantization_config", None)
+        config = plain_configuration(model.config)
         write_json(folder / "config.json", {**config, "architectures": [type(model).__name__]})
         save_generation_config(model, folder)
 
@@ -179,10 +179,15 @@ def _read_qmap(path: Path) -> dict[str, dict[str, str]]:
     content = read_json(path)
     if not isinstance(content, dict) or not content:
         raise InputError(f"{path} lists no quantized layer")
+    return {name: validated_entry(entry, f"{path}: {name}") for name, entry in content.items()}
+
+
+def validated_entry(entry: Any, where: str) -> dict[str, str]:
+    """Return what quanto's map says of one layer, or raise InputError."""
     try:
-        return {name: _QMapEntry.model_validate(entry).model_dump() for name, entry in content.items()}
+        return _QMapEntry.model_validate(entry).model_dump()
     except ValidationError as error:
-        raise InputError(f"{path} is damaged: {error.errors()[0]['msg']}") from None
+        raise InputError(f"{where} is damaged or not for weights alone: {error.errors()[0]['msg']}") from None
 
 
 def saved_tensors(shape: torch.Size, dtype: torch.dtype, bits: int, *, part: bool) -> dict[str, TensorSpec]:

@@ -127,12 +127,6 @@ def test_a_causal_model_keeps_its_tied_head(models, recipe, tokens, tmp_path):
     assert bool(torch.isfinite(model(tokens).logits).all())
 
 
-def test_saving_with_transformers_names_what_works(saved, recipe, tmp_path):
-    model = load(saved, recipe())
-    with pytest.raises(ValueError, match="not serializable"):
-        model.save_pretrained(tmp_path / "out")
-
-
 @pytest.mark.parametrize(
     ("options", "config", "problem"),
     [

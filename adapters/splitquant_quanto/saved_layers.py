@@ -1,0 +1,53 @@
+"""quanto's layers in transformers' `save_pretrained` and `from_pretrained`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from optimum.quanto import quantization_map
+from optimum.quanto.nn import QModuleMixin, quantize_module
+from torch import Tensor, nn
+
+from splitquant_plugins.checkpoints.headers import TensorSpec
+from splitquant_plugins.checkpoints.saved_layers import SavedLayers
+from splitquant_plugins.errors import InputError, SkeletonMismatchError
+from splitquant_quanto.quantization import LAYERS
+from splitquant_quanto.storage import saved_tensors, validated_entry
+
+
+class QuantoLayers(SavedLayers):
+    """Codes, scales and shifts, as quanto's own state has them, and the type of a layer's weights."""
+
+    def describe(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+        """Return quanto's map of its layers; they have to be frozen."""
+        found: dict[str, dict[str, Any]] = quantization_map(model)
+        for name, entry in found.items():
+            validated_entry(entry, name)
+            if not model.get_submodule(name).frozen:
+                raise InputError(f"{name} is not frozen; call optimum.quanto.freeze(model) before saving")
+        return found
+
+    def make(self, layer: nn.Module, described: Mapping[str, Any], tensors: dict[str, Tensor], name: str) -> nn.Module:
+        """Make a quanto layer; its tensors must be those that quanto saves for a layer of that shape."""
+        weights = validated_entry(described, name)["weights"]
+        if not isinstance(layer, LAYERS):
+            raise SkeletonMismatchError(f"quanto is to quantize {name}, which is a {type(layer).__name__}")
+        weight = cast(Tensor, layer.weight)
+        bits = int(weights.removeprefix("qint"))
+        found = {key: TensorSpec(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+        expected = [saved_tensors(weight.shape, weight.dtype, bits, part=part) for part in (True, False)]
+        if layer.bias is not None:
+            for specs in expected:
+                specs["bias"] = TensorSpec(layer.bias.dtype, tuple(layer.bias.shape))
+        if found not in expected:
+            wrong = sorted(key for key in found.keys() | expected[0].keys() if found.get(key) != expected[0].get(key))
+            raise SkeletonMismatchError(
+                f"{name}: {wrong[0]} is saved as {found.get(wrong[0])}, and {expected[0].get(wrong[0])} is what quanto "
+                f"has for a {type(layer).__name__} of {tuple(weight.shape)} at {weights}"
+            )
+        made = cast(QModuleMixin, quantize_module(layer, weights=weights))
+        made.load_state_dict(tensors, strict=False, assign=True)
+        if not made.frozen:
+            raise SkeletonMismatchError(f"{name}: quanto did not take the codes that were saved")
+        return cast(nn.Module, made)

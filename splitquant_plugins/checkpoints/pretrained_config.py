@@ -1,0 +1,32 @@
+"""What a split transformers model says of itself in its configuration, so that what it saves comes back."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# The name of the package: where it was not imported, transformers prints that it does not know the method.
+METHOD = "splitquant_plugins"
+
+
+def describe_to_transformers(model: nn.Module, manifest: Any) -> None:
+    """Make a transformers model's `save_pretrained` write what `from_pretrained` can read; other models are left alone.
+
+    `manifest` is kept as it is, and read whenever the configuration is written.
+    """
+    registry: Any = sys.modules.get("transformers.quantizers.auto")
+    base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    if registry is None or base is None or not isinstance(model, base):
+        return
+    made: Any = model
+    described = registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](manifest=manifest)
+    made.config.quantization_config = described
+    made.hf_quantizer = registry.AUTO_QUANTIZER_MAPPING[METHOD](described, pre_quantized=True)
+
+
+def plain_configuration(config: Any) -> dict[str, Any]:
+    """Return a transformers configuration as JSON takes it, without what is said in it of a split."""
+    return {key: value for key, value in config.to_dict().items() if key != "quantization_config"}

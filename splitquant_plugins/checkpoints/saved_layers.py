@@ -1,0 +1,33 @@
+"""How the layers that a backend has quantized are saved by `save_pretrained`, and made anew by `from_pretrained`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class SavedLayers(ABC):
+    """What a backend knows of its layers on disk; see `Backend.saved_layers`."""
+
+    @abstractmethod
+    def describe(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+        """Return, by name, the layers that the backend has quantized, each with what JSON has to say of it.
+
+        A model with none of them gives none. Raises InputError for a layer that is not ready to be saved.
+        """
+
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return all tensors of the model, by the names that they are saved under: those of its modules."""
+        return dict(model.state_dict())
+
+    @abstractmethod
+    def make(self, layer: nn.Module, described: Mapping[str, Any], tensors: dict[str, Tensor], name: str) -> nn.Module:
+        """Make a quantized layer of its tensors, by their names within it.
+
+        `layer` is the float layer, or the part of one, that it stands for, on the meta device; `name` is for errors.
+        Raises SkeletonMismatchError where the three do not fit each other.
+        """

@@ -1,0 +1,1 @@
+"""transformers' `save_pretrained` and `from_pretrained` for split models."""

@@ -1,0 +1,97 @@
+"""What `save_pretrained` writes of a split model: its tensors, and what its configuration says of them."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from splitquant_plugins.checkpoints.transformers_models import forget_tied_embeddings
+from splitquant_plugins.errors import InputError, PluginError
+from splitquant_plugins.manifest import manifest_of
+from splitquant_plugins.modules import SplitModule, is_tensor_subclass, layer_of_part
+from splitquant_plugins.plugins import Plugins
+from splitquant_plugins.pretrained.guards import guards
+from splitquant_plugins.pretrained.quantizer import SplitCheckpointConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable
+
+    from splitquant_plugins.checkpoints.saved_layers import SavedLayers
+
+
+def describe_and_state(model: nn.Module) -> tuple[SplitCheckpointConfig, dict[str, Tensor]]:
+    """Return the description of a split model as it is now, and its tensors.
+
+    Raises InputError where a layer is quantized by what cannot say how, SkeletonMismatchError where nothing was split.
+    """
+    manifest = manifest_of(model)
+    backend, saved, layers = _quantized(model)
+    _refuse_unknown_parts(model, layers)
+    state = dict(model.state_dict()) if saved is None else saved.state(model)
+    untie_packed(model, layers)
+    dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
+    described = SplitCheckpointConfig(manifest=manifest, backend=backend, layers=layers, dtype=dtype)
+    return described, {**_apart(state, [*layers, *_split(model)]), **guards(guarded_layers(model, layers))}
+
+
+def guarded_layers(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Names of the layers whose own weight is not saved: split ones, by all names, and quantized whole ones."""
+    parts = layer_of_part(model)
+    return [*_split(model), *(name for name in layers if name not in parts)]
+
+
+def untie_packed(model: nn.Module, layers: Container[str]) -> None:
+    """Tell a transformers model that a tied head that was quantized has codes of its own."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    if any(name.rpartition(".")[0] in layers for name in tied):
+        forget_tied_embeddings(model)
+
+
+def _quantized(model: nn.Module) -> tuple[str | None, SavedLayers | None, dict[str, dict[str, Any]]]:
+    """The backend whose layers the model holds, and what it says of them; only imported ones can have made any."""
+    plugins = Plugins.load()
+    for name in plugins.backends:
+        try:
+            backend = plugins.backend(name)
+        except PluginError:  # what is broken has quantized nothing
+            continue
+        if backend.library and backend.library in sys.modules:
+            saved = backend.saved_layers()
+            layers = {} if saved is None else saved.describe(model)
+            if layers:
+                return name, saved, layers
+    return None, None, {}
+
+
+def _refuse_unknown_parts(model: nn.Module, layers: Container[str]) -> None:
+    """Raise InputError for a part that holds anything but float tensors and that no backend describes."""
+    for part, layer in layer_of_part(model).items():
+        module = model.get_submodule(part)
+        odd = [t for t in module.state_dict().values() if is_tensor_subclass(t) or not t.is_floating_point()]
+        if part not in layers and odd:
+            raise InputError(
+                f"{part}, a part of {layer}, is a {type(module).__name__} with a tensor that no backend of splitquant "
+                f"says how to save ({type(odd[0]).__name__}, {odd[0].dtype}); save the model before that step"
+            )
+
+
+def _split(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, SplitModule)]
+
+
+def _apart(state: dict[str, Tensor], layers: list[str]) -> dict[str, Tensor]:
+    """Copy apart the tensors of split and quantized layers that share memory, which safetensors does not take.
+
+    transformers knows of none of them, and would refuse to save them. `fill_skeleton` lets parts share again.
+    """
+    storages = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
+    prefixes = tuple(f"{name}." for name in layers)
+    return {
+        name: tensor.clone()
+        if name.startswith(prefixes) and storages[tensor.untyped_storage().data_ptr()] > 1
+        else tensor
+        for name, tensor in state.items()
+    }
