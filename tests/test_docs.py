@@ -147,26 +147,39 @@ def test_a_float_split_model_is_saved_and_loaded_as_the_readme_says(models: Any)
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("_in_a_folder")
-def test_transformers_loads_a_float_split_model_wrongly_as_the_readme_warns(models: Any) -> None:
+def test_a_split_language_model_comes_back_as_the_readme_says(models: Any) -> None:
     transformers = pytest.importorskip("transformers")
     from splitquant_plugins import SplitQuantPass
-    from splitquant_plugins.checkpoints.transformers_models import load_model
-    from splitquant_plugins.errors import InputError
 
-    model = SplitQuantPass()(models.bert())
-    model.save_pretrained("wrong")
+    unsplit = models.gpt2()
+    model = SplitQuantPass()(models.gpt2())
+    scope = runs('model.save_pretrained("folder")', {"model": model})
     tokens = torch.randint(3, 99, (2, 8))
-    wrong = transformers.BertForSequenceClassification.from_pretrained("wrong").eval()
-    assert not torch.allclose(wrong(tokens).logits, model(tokens).logits, atol=1e-3)
-    with pytest.raises(InputError, match="lacks 28 weights"):  # the command line sees it
-        load_model("wrong")
-    # As the README says to do it; transformers finds nothing there that it would take for a model.
-    model.config.save_pretrained("split")
-    unsplit = transformers.BertForSequenceClassification(transformers.BertConfig.from_pretrained("split")).eval()
-    loaded = runs("save_model", {"model": model, "unsplit": unsplit})["model"]
-    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert torch.equal(scope["model"](tokens).logits, model(tokens).logits)
+    runs("save_model", {"model": model, "unsplit": unsplit})  # the way of models that are not transformers'
+    assert torch.equal(unsplit(tokens).logits, model(tokens).logits)
     with pytest.raises(OSError, match="no file named"):
-        transformers.BertForSequenceClassification.from_pretrained("split")
+        transformers.GPT2LMHeadModel.from_pretrained("split")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("_in_a_folder")
+def test_the_page_on_transformers_runs_as_it_stands(models: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("optimum.quanto")
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    words = {"Once": 0, "upon": 1, "a": 2, "time": 3, **{f"w{number}": number for number in range(4, 99)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w98"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w97").save_pretrained("float")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, vocab_size=99, max_position_embeddings=32)
+    transformers.LlamaForCausalLM(config).save_pretrained("float")
+    scope = runs("model.push_to_hub", {"name": "float"}, "docs/transformers.md")
+    again = runs("tokenizer.decode", {}, "docs/transformers.md")
+    assert capsys.readouterr().out.startswith("Once upon a time w")
+    tokens = torch.arange(6)[None]
+    assert torch.equal(scope["model"](tokens).logits, again["model"](tokens).logits)
 
 
 def test_pictures_are_what_the_script_draws(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class QuantoLayers(SavedLayers):
         weights = validated_entry(described, name)["weights"]
         if not isinstance(layer, LAYERS):
             raise SkeletonMismatchError(f"quanto is to quantize {name}, which is a {type(layer).__name__}")
-        weight = cast(Tensor, layer.weight)
+        weight = layer.weight
         bits = int(weights.removeprefix("qint"))
         found = {key: TensorSpec(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
         expected = [saved_tensors(weight.shape, weight.dtype, bits, part=part) for part in (True, False)]

@@ -21,14 +21,17 @@ if TYPE_CHECKING:
     from splitquant_plugins.checkpoints.saved_layers import SavedLayers
     from splitquant_plugins.manifest import Manifest
 
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
 __all__ = ["METHOD", "SplitCheckpointConfig", "SplitCheckpointQuantizer"]
 
 
-class SplitCheckpointConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class SplitCheckpointConfig(QuantizationConfigMixin):
     """What config.json says of a split model.
 
     `manifest` is the record of the split. `backend` has quantized the `layers`, parts among them: by name, what it
-    has to know of each beside its tensors. `dtype` is that of the rest of the model, and of scales.
+    has to know of each beside its tensors. `dtype` is that of the rest of the model, and of scales. `buffers` are those
+    that are computed and not saved, such as rotary frequencies, where a backend has left them in another than float32.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class SplitCheckpointConfig(QuantizationConfigMixin):  # type: ignore[misc]
         backend: str | None = None,
         layers: dict[str, dict[str, Any]] | None = None,
         dtype: str | None = None,
+        buffers: dict[str, str] | None = None,
         format: int = 1,
         quant_method: str = METHOD,
         **unknown: Any,
@@ -46,6 +50,8 @@ class SplitCheckpointConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise InputError(f"config.json: quantization_config is not of this version of splitquant_plugins: {what}")
         if not isinstance(layers or {}, dict) or not all(isinstance(each, dict) for each in (layers or {}).values()):
             raise InputError("config.json: quantization_config.layers is no object of objects")
+        if not isinstance(buffers or {}, dict) or not set((buffers or {}).values()) <= set(_FLOATS):
+            raise InputError(f"config.json: quantization_config.buffers: a dtype is none of {', '.join(_FLOATS)}")
         if bool(layers) != (backend is not None):
             raise InputError("config.json: quantization_config has layers without a backend, or a backend without any")
         super().__init__(quant_method=METHOD)
@@ -53,12 +59,14 @@ class SplitCheckpointConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.backend = backend
         self.layers = layers or {}
         self.dtype = dtype
+        self.buffers = buffers or {}
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON takes, the manifest as it is now."""
         manifest = json.loads(self.manifest.model_dump_json(exclude_defaults=True))
         described = {"quant_method": METHOD, "format": 1, "dtype": self.dtype, "backend": self.backend}
-        return {**described, "layers": self.layers, "manifest": manifest}
+        buffers = {"buffers": self.buffers} if self.buffers else {}
+        return {**described, **buffers, "layers": self.layers, "manifest": manifest}
 
     def __eq__(self, other: object) -> bool:
         """Whether the other says the same."""
@@ -67,7 +75,7 @@ class SplitCheckpointConfig(QuantizationConfigMixin):  # type: ignore[misc]
     __hash__ = None  # type: ignore[assignment]
 
 
-class SplitCheckpointQuantizer(HfQuantizer):  # type: ignore[misc]
+class SplitCheckpointQuantizer(HfQuantizer):
     """Rebuilds split layers before transformers loads weights, and the backend's layers after."""
 
     quantization_config: SplitCheckpointConfig

@@ -10,6 +10,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from splitquant_plugins.checkpoints.headers import TensorSpec, read_header
@@ -37,6 +38,8 @@ def make_skeleton(model: nn.Module, config: SplitCheckpointConfig, files: Sequen
     """
     names, asked = _Names(model), getattr(getattr(model, "config", None), "dtype", None)
     config.manifest = _fitted(config.manifest, names, config.dtype, asked)
+    as_saved = config.dtype == str(asked).removeprefix("torch.")
+    config.buffers = {names.here(name): kind for name, kind in config.buffers.items() if as_saved and names.has(name)}
     config.layers = {names.here(name): layer for name, layer in config.layers.items() if names.has(name)}
     apply_manifest(model, config.manifest)
     guarded = guarded_layers(model, config.layers)
@@ -65,6 +68,10 @@ def fill_skeleton(model: nn.Module, config: SplitCheckpointConfig, saved: SavedL
         made = saved.make(placeholder.__dict__[_FLOAT_LAYER], described, placeholder.tensors(), name)
         made.train(placeholder.training)
         replace_module(model, name, made)
+    for name, kind in config.buffers.items():
+        owner, _, key = name.rpartition(".")
+        module: Any = model.get_submodule(owner)
+        module._buffers[key] = module._buffers[key].to(getattr(torch, kind))
     if not config.layers:
         for record in config.manifest.split:
             if record.shared_with is not None:

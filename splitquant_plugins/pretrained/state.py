@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from splitquant_plugins.checkpoints.transformers_models import forget_tied_embeddings
@@ -33,8 +34,23 @@ def describe_and_state(model: nn.Module) -> tuple[SplitCheckpointConfig, dict[st
     state = dict(model.state_dict()) if saved is None else saved.state(model)
     untie_packed(model, layers)
     dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
-    described = SplitCheckpointConfig(manifest=manifest, backend=backend, layers=layers, dtype=dtype)
+    described = SplitCheckpointConfig(
+        manifest=manifest, backend=backend, layers=layers, dtype=dtype, buffers=_cast_buffers(model)
+    )
     return described, {**_apart(state, [*layers, *_split(model)]), **guards(guarded_layers(model, layers))}
+
+
+def _cast_buffers(model: nn.Module) -> dict[str, str]:
+    """Dtypes of the float buffers that are not saved, where they are not transformers' float32."""
+    return {
+        f"{name}.{key}" if name else key: str(module._buffers[key].dtype).removeprefix("torch.")
+        for name, module in model.named_modules()
+        if not isinstance(module, SplitModule)  # what fusing materialised
+        for key in sorted(module._non_persistent_buffers_set)
+        if module._buffers.get(key) is not None
+        and module._buffers[key].is_floating_point()
+        and module._buffers[key].dtype != torch.float32
+    }
 
 
 def guarded_layers(model: nn.Module, layers: Iterable[str]) -> list[str]:
@@ -69,9 +85,11 @@ def _quantized(model: nn.Module) -> tuple[str | None, SavedLayers | None, dict[s
 def _refuse_unknown_parts(model: nn.Module, layers: Container[str]) -> None:
     """Raise InputError for a part that holds anything but float tensors and that no backend describes."""
     for part, layer in layer_of_part(model).items():
+        if part in layers:
+            continue
         module = model.get_submodule(part)
         odd = [t for t in module.state_dict().values() if is_tensor_subclass(t) or not t.is_floating_point()]
-        if part not in layers and odd:
+        if odd:
             raise InputError(
                 f"{part}, a part of {layer}, is a {type(module).__name__} with a tensor that no backend of splitquant "
                 f"says how to save ({type(odd[0]).__name__}, {odd[0].dtype}); save the model before that step"

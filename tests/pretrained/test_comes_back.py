@@ -109,6 +109,16 @@ def test_a_bfloat16_model_comes_back_in_bfloat16(split, tokens, tmp_path):
     assert torch.equal(logits(model, tokens), logits(again, tokens))
 
 
+def test_what_casting_did_to_computed_buffers_comes_back(split, tokens, tmp_path):
+    model = split(llama().bfloat16())  # rotary frequencies too, which from_pretrained leaves in float32
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+    assert torch.equal(logits(model, tokens), logits(again, tokens))
+    wide = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert wide.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
 def test_the_base_of_a_saved_model_and_a_head_on_a_saved_base(folder, split, tokens, tmp_path):
     whole = transformers.AutoModelForCausalLM.from_pretrained(folder)
     base = transformers.AutoModel.from_pretrained(folder)
@@ -205,6 +215,7 @@ def test_a_tensor_of_another_shape_is_an_error(folder):
         ({"layers": {"lm_head": {}}}, "layers without a backend"),
         ({"backend": "quanto"}, "a backend without any"),
         ({"layers": [1]}, "no object of objects"),
+        ({"buffers": {"model.rotary_emb.inv_freq": "Tensor"}}, "buffers: a dtype is none of"),
     ],
 )
 def test_a_damaged_description_is_an_error(folder, changes, problem):
