@@ -31,11 +31,13 @@ def register_with_transformers() -> None:
 
 
 def _add_entries(registry: Any) -> None:
-    from splitquant_plugins.pretrained import quantizer as ours
+    from splitquant_plugins.checkpoints.pretrained_config import METHOD
+    from splitquant_plugins.pretrained.checkpoint_config import SplitCheckpointConfig
+    from splitquant_plugins.pretrained.quantizer import SplitCheckpointQuantizer
 
     # Once more after a reload of either: the registry refuses a name that is there.
-    registry.AUTO_QUANTIZATION_CONFIG_MAPPING[ours.METHOD] = ours.SplitCheckpointConfig
-    registry.AUTO_QUANTIZER_MAPPING[ours.METHOD] = ours.SplitCheckpointQuantizer
+    registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = SplitCheckpointConfig
+    registry.AUTO_QUANTIZER_MAPPING[METHOD] = SplitCheckpointQuantizer
 
 
 class _Finder:

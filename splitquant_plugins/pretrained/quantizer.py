@@ -5,74 +5,18 @@ Imported with transformers, and therefore light: what it takes to rebuild a mode
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from splitquant_plugins.checkpoints.pretrained_config import METHOD
-from splitquant_plugins.errors import ConfigError, InputError
+from splitquant_plugins.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from splitquant_plugins.checkpoints.saved_layers import SavedLayers
-    from splitquant_plugins.manifest import Manifest
-
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-__all__ = ["METHOD", "SplitCheckpointConfig", "SplitCheckpointQuantizer"]
-
-
-class SplitCheckpointConfig(QuantizationConfigMixin):
-    """What config.json says of a split model.
-
-    `manifest` is the record of the split. `backend` has quantized the `layers`, parts among them: by name, what it
-    has to know of each beside its tensors. `dtype` is that of the rest of the model, and of scales. `buffers` are those
-    that are computed and not saved, such as rotary frequencies, where a backend has left them in another than float32.
-    """
-
-    def __init__(
-        self,
-        manifest: Manifest | dict[str, Any] | None = None,
-        backend: str | None = None,
-        layers: dict[str, dict[str, Any]] | None = None,
-        dtype: str | None = None,
-        buffers: dict[str, str] | None = None,
-        format: int = 1,
-        quant_method: str = METHOD,
-        **unknown: Any,
-    ) -> None:
-        if format != 1 or unknown or quant_method != METHOD:
-            what = f"format {format}" if format != 1 else ", ".join(sorted(unknown)) or quant_method
-            raise InputError(f"config.json: quantization_config is not of this version of splitquant_plugins: {what}")
-        if not isinstance(layers or {}, dict) or not all(isinstance(each, dict) for each in (layers or {}).values()):
-            raise InputError("config.json: quantization_config.layers is no object of objects")
-        if not isinstance(buffers or {}, dict) or not set((buffers or {}).values()) <= set(_FLOATS):
-            raise InputError(f"config.json: quantization_config.buffers: a dtype is none of {', '.join(_FLOATS)}")
-        if bool(layers) != (backend is not None):
-            raise InputError("config.json: quantization_config has layers without a backend, or a backend without any")
-        super().__init__(quant_method=METHOD)
-        self.manifest = _manifest(manifest)
-        self.backend = backend
-        self.layers = layers or {}
-        self.dtype = dtype
-        self.buffers = buffers or {}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what JSON takes, the manifest as it is now."""
-        manifest = json.loads(self.manifest.model_dump_json(exclude_defaults=True))
-        described = {"quant_method": METHOD, "format": 1, "dtype": self.dtype, "backend": self.backend}
-        buffers = {"buffers": self.buffers} if self.buffers else {}
-        return {**described, **buffers, "layers": self.layers, "manifest": manifest}
-
-    def __eq__(self, other: object) -> bool:
-        """Whether the other says the same."""
-        return isinstance(other, SplitCheckpointConfig) and self.to_dict() == other.to_dict()
-
-    __hash__ = None  # type: ignore[assignment]
+    from splitquant_plugins.pretrained.checkpoint_config import SplitCheckpointConfig
 
 
 class SplitCheckpointQuantizer(HfQuantizer):
@@ -147,20 +91,3 @@ class SplitCheckpointQuantizer(HfQuantizer):
         if layers is None:
             raise ConfigError(f"backend {backend.name} does not say how its layers are made of what was saved")
         return layers
-
-
-def _manifest(given: Manifest | dict[str, Any] | None) -> Manifest:
-    from pydantic import ValidationError
-
-    from splitquant_plugins.manifest import Manifest
-
-    if isinstance(given, Manifest):
-        return given
-    try:
-        return Manifest.model_validate_json(json.dumps(given))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise InputError(
-            f"config.json: quantization_config.manifest is damaged or of another version: {where} {problem['msg']}"
-        ) from None

@@ -25,7 +25,7 @@ from splitquant_plugins.pretrained.state import guarded_layers, untie_packed
 if TYPE_CHECKING:
     from splitquant_plugins.checkpoints.saved_layers import SavedLayers
     from splitquant_plugins.manifest import LayerRecord, Manifest
-    from splitquant_plugins.pretrained.quantizer import SplitCheckpointConfig
+    from splitquant_plugins.pretrained.checkpoint_config import SplitCheckpointConfig
 
 _FLOAT_LAYER = "splitquant_float_layer"
 _INITIALIZED = "_is_hf_initialized"  # what transformers asks of modules and parameters

@@ -14,8 +14,8 @@ from splitquant_plugins.errors import InputError, PluginError
 from splitquant_plugins.manifest import manifest_of
 from splitquant_plugins.modules import SplitModule, is_tensor_subclass, layer_of_part
 from splitquant_plugins.plugins import Plugins
+from splitquant_plugins.pretrained.checkpoint_config import SplitCheckpointConfig
 from splitquant_plugins.pretrained.guards import guards
-from splitquant_plugins.pretrained.quantizer import SplitCheckpointConfig
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
