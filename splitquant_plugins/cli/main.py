@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": "splitquant_plugins.cli.compare:compare",
     "inspect": "splitquant_plugins.cli.inspect:inspect",
     "quantize": "splitquant_plugins.cli.quantize:quantize",
+    "export": "splitquant_plugins.cli.export:export",
     "plugins": "splitquant_plugins.cli.plugins:plugins",
 }
 
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, 2 for bad input, 130 for an interrupt."""
+    """Run the command line; return 0, 1 below a threshold, 2 for bad input, 130 for an interrupt."""
     warnings.showwarning = _one_line_warning
     try:
         result = cli.main(args=arguments, prog_name="splitquant", standalone_mode=False)
