@@ -11,14 +11,14 @@ from splitquant_pt2e.recipe import SplittingQuantizer, splitting
 
 
 def attach(split_pass: ModelPass, quantizer: Any) -> Any:
-    """Return a quantizer of the same kind, with its settings, that splits; the given one stays as it is.
+    """Return a quantizer of the same kind, with its settings, that runs the pass; the given one stays as it is.
 
-    Raises ConfigError for a pass that does not work on graphs, and for a second split.
+    Raises ConfigError for passes that split activations among others, and for a second pass.
     """
-    if not isinstance(split_pass, SplitQuantPass):
+    if split_pass.splits_activations and not isinstance(split_pass, SplitQuantPass):
         raise ConfigError(
-            f"{type(split_pass).__name__} does not work on exported graphs, only SplitQuantPass does: apply it to the "
-            "model before torch.export.export"
+            "activations=True goes with a single SplitQuantPass on exported graphs: leave it out, or apply the passes "
+            "to the model before torch.export.export"
         )
     if isinstance(quantizer, SplittingQuantizer):
         raise ConfigError("this quantizer has a pass attached already; a model is split once")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from splitquant_plugins.errors import (
@@ -21,6 +21,7 @@ from splitquant_plugins.errors import (
     SplitQuantWarning,
 )
 from splitquant_plugins.manifest import ATTRIBUTE, LayerRecord, Manifest, set_manifest
+from splitquant_plugins.passes.calibration import CALIBRATED_KINDS, iter_second_moments
 from splitquant_plugins.passes.checks import refuse_unfit_weights
 from splitquant_plugins.passes.record import ignored_record, layer_record, new_manifest, warn_of_harm
 from splitquant_plugins.passes.select import (
@@ -33,7 +34,15 @@ from splitquant_plugins.passes.select import (
 from splitquant_plugins.passes.split_layer import SplitTensors, check_split
 from splitquant_plugins.plan import Skip
 from splitquant_pt2e.annotation import input_spec, redirect_all, resolved
-from splitquant_pt2e.integer_sums import INTEGER_NOTE, give_sums_scales, output_spec, weighed, writes_integers
+from splitquant_pt2e.graph_modules import GraphModules
+from splitquant_pt2e.integer_sums import (
+    INTEGER_NOTE,
+    give_sums_scales,
+    output_spec,
+    sum_costs,
+    weighed,
+    writes_integers,
+)
 from splitquant_pt2e.layers import NAME, LayerCall, innermost_module, layer_calls, layer_name, layer_plan, tensor_of
 from splitquant_pt2e.observed_grid import grid_of_spec
 from splitquant_pt2e.parallel_parts import Moves, PartStore, SplitCall, replace_call
@@ -45,6 +54,7 @@ if TYPE_CHECKING:
     from splitquant_plugins.passes.splitquant import SplitQuantPass
 
 aten = torch.ops.aten
+_BATCHNORM = (aten.batch_norm.default, aten._native_batch_norm_legit.default, aten.cudnn_batch_norm.default)
 _SPLIT_WEIGHT = re.compile(r"\.lower[._]weight$")
 _SPLIT_MODULE = re.compile(r"splitquant_plugins\.modules\.Split")
 
@@ -73,32 +83,41 @@ def split_graph(
 
     Where every layer stays whole because its split would gain nothing, a warning says so.
 
-    Raises InputError for what is no exported graph or holds no layer that can be split, AlreadySplitError,
-    AlreadyQuantizedError, and ConfigError for patterns that match nothing or a splitter without its grid.
+    The pass's calibration batches are run through the graph, so they are what the graph takes.
+
+    Raises InputError for what is no exported graph or holds no layer that can be split, or does not take the
+    calibration batches; AlreadySplitError, AlreadyQuantizedError, and ConfigError for patterns that match nothing or a
+    splitter or calibration without a grid.
     """
     refuse_unfit_graph(model)
-    refuse_unfit_pass(split_pass)
+    split_pass.refuse_missing_calibration()
     started = time.perf_counter()
     manifest = new_manifest(split_pass.config, split_pass.splitter_options.model_dump())
-    layers = _select(model, split_pass.config, annotated)
+    layers = graph_layers(model, split_pass.config, annotated=annotated)
     chosen = [layer for layer in layers if layer.reason is None]
     refuse_unfit_weights(chosen)
+    for layer in chosen if annotated else ():
+        refuse_batchnorm_behind(layer)
     grids = {layer.name: _grid(layer, split_pass, grid, annotated=annotated) for layer in chosen}
+    seen: nn.Module = model
+    if split_pass.calibration is not None:
+        seen = GraphModules(model, {layer.name: layer.calls for layer in chosen})
+        chosen = [replace(layer, module=seen.get_submodule(layer.name)) for layer in chosen]
     split = {
         layer.name: check_split(layer.name, layer.plan, tensors)
-        for layer, tensors in split_pass.split_layers(model, chosen, grids.get)
+        for layer, tensors in split_pass.split_layers(seen, chosen, grids.get)
     }
     if not chosen:
         raise InputError(_nothing_split([_record(layer, None) for layer in layers]))
     integers = annotated and any(writes_integers(call) for layer in layers for call in layer.calls)
     if integers:
-        weights = {layer.name: layer.plan.weight for layer in chosen}
         specs = {layer.name: output_spec(layer.calls[0].node) for layer in chosen}
-        split = weighed(split, weights, grids, specs, split_pass.config.splitter)
+        costs = sum_costs(split, specs, _moments(seen, chosen, split_pass))
+        split = weighed(split, specs, costs, split_pass.config.splitter)
     records = [_record(layer, split.get(layer.name)) for layer in layers]
     if not any(record.action == "split" for record in records):
         warnings.warn(_nothing_split(records), SplitQuantWarning, stacklevel=2)
-    calls = _rewrite(model, [(layer, split[layer.name]) for layer in chosen if split[layer.name].reason is None])
+    calls = rewrite(model, [(layer, split[layer.name]) for layer in chosen if split[layer.name].reason is None])
     if integers:
         give_sums_scales(calls)
         manifest.notes.append(INTEGER_NOTE)
@@ -140,22 +159,46 @@ def refuse_unfit_graph(model: Any) -> None:
                 )
 
 
-def refuse_unfit_pass(split_pass: SplitQuantPass) -> None:
-    """Raise ConfigError for options that do not work on graphs."""
-    options = {
-        "calibration": getattr(split_pass, "calibration", None),
-        "budget": getattr(split_pass.config, "budget", None),
-    }
-    for option, value in options.items():
-        if value is not None:
+def refuse_batchnorm_behind(layer: GraphLayer) -> None:
+    """Raise ConfigError for a BatchNorm behind a layer, which prepare_pt2e would have folded, and prepare_qat_pt2e not.
+
+    Quantization-aware training fuses the two where it finds them side by side, once the quantizer has annotated them;
+    between the parts and the BatchNorm there is a sum.
+    """
+    for call in layer.calls:
+        users = list(call.node.users)
+        if len(users) == 1 and users[0].target in _BATCHNORM:
             raise ConfigError(
-                f"SplitQuantPass option {option} does not work on exported graphs; apply the pass to the model before "
-                "torch.export.export"
+                f"{layer.name} has a BatchNorm behind it that was not folded: prepare_qat_pt2e trains the two as one, "
+                "and a split layer cannot be fused with it. Fold BatchNorms into the model before torch.export.export, "
+                "or train without the pass and split when training is done"
             )
 
 
-def _select(model: GraphModule, config: SplitConfig, annotated: bool) -> list[GraphLayer]:
-    """Group the calls by layer, in order, and say of each layer how it is to be split, or why it is ignored."""
+def _moments(
+    model: nn.Module, layers: Sequence[GraphLayer], split_pass: SplitQuantPass
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the second moments of the layers' inputs, by name, once more; none without calibration."""
+    batches = split_pass.calibration
+    if batches is None:
+        return
+    if isinstance(batches, Iterator):
+        raise InputError(
+            "calibration: for a target that quantizes partial sums the batches are read twice, but they are a one-shot "
+            "iterator; pass a list, a DataLoader, or a function that returns an iterator"
+        )
+    modules = {layer.name: layer.module for layer in layers if layer.plan.kind in CALIBRATED_KINDS}
+    limit = max(split_pass.calibration_bytes, 1)
+    for name, moment in iter_second_moments(model, batches, modules, dtype=torch.float32, max_bytes=limit):
+        if moment.samples:
+            yield name, moment.matrix
+
+
+def graph_layers(model: GraphModule, config: SplitConfig, *, annotated: bool) -> list[GraphLayer]:
+    """Group the calls by layer, in order, and say of each layer how it is to be split, or why it is ignored.
+
+    With `annotated`, layers whose weight the quantizer leaves float are ignored.
+    """
     names: dict[object, list[str]] = {}
     calls: dict[object, list[LayerCall]] = {}
     for call in layer_calls(model):
@@ -217,11 +260,17 @@ def _grid(
     layer: GraphLayer, split_pass: SplitQuantPass, grid: Grid | GridRule | None, *, annotated: bool
 ) -> Grid | None:
     """The grid that a layer's parts will be rounded to: the one given, or inferred from the annotations."""
-    needs = f"splitter {split_pass.config.splitter!r} needs the grid that the parts will be rounded to"
+    who = f"splitter {split_pass.config.splitter!r}" if split_pass.config.budget is None else "budget"
+    needs = f"{who} needs the grid that the parts will be rounded to"
     if not annotated:
         given = grid(layer.name) if callable(grid) else grid
         if given is None and split_pass.needs_grid:
             raise ConfigError(f"{needs}: pass a grid to split_graph, or attach the pass to a quantizer")
+        if given is None and split_pass.calibration is not None:
+            raise ConfigError(
+                "calibration weighs the errors that a grid makes, and none is known: pass a grid to split_graph, or "
+                "attach the pass to a quantizer"
+            )
         return given
     call = layer.calls[0]
     try:
@@ -251,7 +300,8 @@ def _nothing_split(records: Sequence[LayerRecord]) -> str:
     return f"no layer of the graph was split ({reasons}{'; …' if len(records) > 3 else ''})"
 
 
-def _rewrite(model: GraphModule, layers: Sequence[tuple[GraphLayer, SplitTensors]]) -> list[SplitCall]:
+def rewrite(model: GraphModule, layers: Sequence[tuple[GraphLayer, SplitTensors]]) -> list[SplitCall]:
+    """Put parts in the places of layers, and return what took the place of each call."""
     store, moves = PartStore(model), Moves()
     made: list[SplitCall] = []
     weights: dict[str, list[str | None]] = {}

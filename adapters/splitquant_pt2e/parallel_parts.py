@@ -43,7 +43,7 @@ class PartStore:
             except AttributeError:
                 self._model.add_submodule(path, nn.Module())
                 module = self._model.get_submodule(path)
-            module.register_parameter(leaf, nn.Parameter(part.detach().contiguous(), requires_grad=False))
+            module.register_parameter(leaf, nn.Parameter(part.detach().contiguous(), requires_grad=part.requires_grad))
             targets.append(f"{path}.{leaf}")
         return targets
 

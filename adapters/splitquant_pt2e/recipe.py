@@ -3,7 +3,8 @@
 The quantizer annotates the unsplit graph, so that its patterns (conv + add + relu, for one) match what they
 would have matched, and nothing else. Then each layer whose weight it quantizes is split, and its parts take over
 the annotations: every part's weight gets a scale of its own, the input is quantized once, the last sum is
-quantized where the layer's output was, and the partial sums never are.
+quantized where the layer's output was. Partial sums stay float unless the target knows integers only: see
+`integer_sums`. Passes of other kinds work on the annotated layers as modules: see `graph_passes`.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from splitquant_plugins.passes.base import ModelPass
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_pt2e.annotation import annotation_of
 from splitquant_pt2e.compat import ANNOTATION, fold_batchnorms
-from splitquant_pt2e.graph import refuse_unfit_graph, refuse_unfit_pass, split_graph
+from splitquant_pt2e.graph import refuse_unfit_graph, split_graph
+from splitquant_pt2e.graph_passes import apply_to_graph
 from splitquant_pt2e.mixing import with_mixin
 
 
 class SplittingQuantizer:
     """What `attach` mixes into the class of a quantizer."""
 
-    splitquant_pass: SplitQuantPass
+    splitquant_pass: ModelPass
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickles and copies hold the plain quantizer and the pass; the class is made anew."""
@@ -48,18 +51,25 @@ class SplittingQuantizer:
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Refuse a graph that was split or quantized before, then do what the quantizer does."""
         refuse_unfit_graph(model)
-        return super().transform_for_annotation(model)  # type: ignore[misc]
+        transformed: GraphModule = super().transform_for_annotation(model)  # type: ignore[misc]
+        if transformed is not model:  # prepare_pt2e hands on the meta of the graph that it was given
+            model.meta.update(transformed.meta)
+            transformed.meta = model.meta
+        return transformed
 
     def annotate(self, model: GraphModule) -> GraphModule:
-        """Annotate the graph, then split the layers whose weights are to be quantized."""
+        """Annotate the graph, then run the pass on the layers whose weights are to be quantized."""
         annotated = super().annotate(model)  # type: ignore[misc]
         # PT2E goes on with the graph that it passed, whatever is returned.
-        split_graph(model, self.splitquant_pass, annotated=True)
+        if isinstance(self.splitquant_pass, SplitQuantPass):
+            split_graph(model, self.splitquant_pass, annotated=True)
+        else:
+            apply_to_graph(model, self.splitquant_pass)
         return annotated
 
 
-def splitting(split_pass: SplitQuantPass, quantizer: Any) -> Any:
-    """Return a quantizer of the same kind as `quantizer`, with its settings, that splits what it annotates."""
+def splitting(split_pass: ModelPass, quantizer: Any) -> Any:
+    """Return a quantizer of the same kind, with its settings, that runs the pass on what it annotates."""
     attached = with_mixin(quantizer, SplittingQuantizer, "Split")
     attached.splitquant_pass = split_pass
     return attached
@@ -82,7 +92,6 @@ def split_ahead(model: GraphModule, split_pass: SplitQuantPass, quantizer: Any) 
     output, stays.
     """
     refuse_unfit_graph(model)
-    refuse_unfit_pass(split_pass)
     fold_batchnorms(model)
     quantizer.annotate(quantizer.transform_for_annotation(model))
     try:

@@ -130,8 +130,8 @@ class DecoupleQPass(ModelPass):
 def _refuse_unfit(model: object) -> None:
     if isinstance(model, (torch.export.ExportedProgram, torch.fx.GraphModule)):
         raise InputError(
-            "DecoupleQPass does not work on exported graphs: call DecoupleQPass(...).apply(model, grid=...) on the "
-            "model, then export it"
+            "an exported graph has no layer modules: attach the pass to the PT2E quantizer instead, "
+            "DecoupleQPass(...) + quantizer"
         )
     if not isinstance(model, nn.Module):
         raise InputError(f"DecoupleQPass takes a torch.nn.Module, not a {type(model).__name__}")

@@ -76,7 +76,7 @@ class ModelPass(ABC):
 
     @property
     def needs_modules(self) -> bool:
-        """Whether the pass works on modules only, and not on the layers of an exported graph."""
+        """Whether a backend that exports the model should run the pass before, on modules."""
         return True
 
     @abstractmethod

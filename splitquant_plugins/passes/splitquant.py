@@ -108,7 +108,7 @@ class SplitQuantPass(ModelPass):
 
     @property
     def needs_modules(self) -> bool:
-        """Calibration and budgets look at the whole model, which an exported graph no longer is."""
+        """With calibration and budgets: batches are what the model takes, and an exported graph may take less."""
         return self.calibration is not None or self.config.budget is not None
 
     def options(self) -> dict[str, Any]:

@@ -6,13 +6,15 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from splitquant_plugins import DecoupleQPass, SplitQuantPass, manifest_of
 from splitquant_plugins.backends import WeightRequest, run_of
-from splitquant_plugins.errors import ConfigError
+from splitquant_plugins.errors import ConfigError, InputError
 from splitquant_plugins.evaluation.compare import Subject, plan_runs, row_of
 from splitquant_plugins.evaluation.metrics import logits_of
 from splitquant_plugins.evaluation.texts import LabelledTexts
+from splitquant_plugins.grid import UniformGrid
 from splitquant_plugins.testing import small_batch, small_classifier
 
 FAST = {"rounds": 1, "starts": (1.0,), "sweeps": 1, "search_inputs": 0}
@@ -128,12 +130,10 @@ def test_a_quanto_config_takes_the_pass(plugins, batches):
     assert isinstance(recipe, QuantoConfig)
 
 
-def test_an_exported_graph_is_refused(plugins, batches):
-    pytest.importorskip(NEEDS["pt2e"])
-    from splitquant_pt2e import LowBitWeightQuantizer
-
-    with pytest.raises(ConfigError, match=r"DecoupleQPass does not work on exported graphs.*before torch.export"):
-        DecoupleQPass(calibration=batches, plugins=plugins) + LowBitWeightQuantizer("int2")
+def test_an_exported_graph_is_refused_with_what_to_do_instead(plugins, batches):
+    graph = torch.export.export(nn.Linear(3, 3), (torch.randn(2, 3),)).module()
+    with pytest.raises(InputError, match=r"DecoupleQPass\(...\) \+ quantizer"):
+        DecoupleQPass(calibration=batches, plugins=plugins).apply(graph, grid=UniformGrid(2, "affine", "channel"))
 
 
 def subject(batches):

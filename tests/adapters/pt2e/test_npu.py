@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
+import copy
+import os
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from splitquant_pt2e import Pt2eGrid, grid_of_spec
 from splitquant_pt2e.annotation import input_spec, resolved
 from splitquant_pt2e.layers import layer_calls
+from splitquant_pt2e.programs import TARGETS, export_program
 from splitquant_pt2e.stock_quantizers import STOCK, installed, make
 from torch import nn
+
+from splitquant_plugins.errors import ConfigError, InputError
 
 pytest.importorskip("executorch", reason="executorch is not installed: tox run -e npu")
 pytestmark = pytest.mark.filterwarnings("ignore")  # executorch and torch.export deprecate their own
@@ -39,17 +45,6 @@ def net():
     return model
 
 
-def quantized(model, quantizer, images):
-    from splitquant_pt2e.compat import convert_pt2e, prepare_pt2e
-
-    graph = torch.export.export(model, (images[:1],), strict=True).module(check_guards=False)
-    prepared = prepare_pt2e(graph, quantizer)
-    with torch.no_grad():
-        for image in images.split(1):
-            prepared(image)
-    return convert_pt2e(prepared)
-
-
 @pytest.mark.parametrize("name", STOCK)
 def test_the_grid_of_a_stock_quantizer_is_closed(net, name):
     if reason := installed(name):
@@ -64,31 +59,107 @@ def test_the_grid_of_a_stock_quantizer_is_closed(net, name):
     assert all(isinstance(grid, Pt2eGrid) for grid in grids)
 
 
-@pytest.mark.parametrize("unit", ["ethos-u55-128", "ethos-u85-256"])
-def test_an_ethos_program_is_one_delegate(net, split, unit):
-    pytest.importorskip("ethosu.vela", reason="ethos-u-vela is not installed: tox run -e npu")
-    from executorch.backends.arm.ethosu import EthosUCompileSpec, EthosUPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_split_program_is_as_whole_as_a_plain_one(net, split, target):
+    if reason := installed(TARGETS[target].quantizer):
+        pytest.skip(reason)
+    if target.startswith("ethos"):
+        pytest.importorskip("ethosu.vela", reason="ethos-u-vela is not installed: tox run -e npu")
+    if target == "cadence" and sys.version_info < (3, 12):
+        pytest.skip("executorch's compiler for Cadence needs Python 3.12")
     images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    batches = [(image,) for image in images.split(1)]
+    plain, parts = (export_program(net, target, first, batches) for first in (None, split(k=2, splitter="grid")))
+    assert parts.manifest is not None
+    assert len(parts.manifest.split) == 3
+    assert parts.delegates == plain.delegates
+    ours = dict(parts.host)
+    if target in ("cortex-m", "cadence"):  # no delegates there: kernels of the target, and more of them
+        ours = {name: min(number, plain.host.get(name, 0)) for name, number in ours.items()}
+    assert ours == plain.host
+    assert len(plain.content) < len(parts.content) < 3 * len(plain.content)
+    if target.startswith("ethos"):
+        assert plain.delegates == 1
+        assert all("quantize" in name for name in plain.host)
+        assert plain.cycles < parts.cycles < 4 * plain.cycles
+    with torch.no_grad():
+        wrong = [sum((one.model(image) - net(image)).square().sum() for (image,) in batches) for one in (plain, parts)]
+    assert wrong[1] < 1.07 * wrong[0]  # 0.3 dB
 
-    def program(quantizer):
-        graph = quantized(net, quantizer, images)
-        with contextlib.redirect_stdout(io.StringIO()):
-            lowered = to_edge_transform_and_lower(
-                torch.export.export(graph, (images[:1],), strict=True),
-                partitioner=[EthosUPartitioner(EthosUCompileSpec(unit))],
-            )
-            size = len(lowered.to_executorch().buffer)
-        with torch.no_grad():
-            error = torch.cat([graph(image) - net(image) for image in images.split(1)]).square().sum()
-        calls = [str(node.target) for node in lowered.exported_program().graph.nodes if node.op == "call_function"]
-        return [name for name in calls if "delegate" in name], [name for name in calls if "aten" in name], size, error
 
-    plain, parts = (
-        program(quantizer) for quantizer in (make("ethos-u"), split(k=2, splitter="grid") + make("ethos-u"))
+def test_what_a_compiler_refuses_is_an_error_that_says_so(split):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return x[x > 0]
+
+    with pytest.raises(InputError, match=r"XNNPACKQuantizer|compiler of xnnpack|torch\.export"):
+        export_program(Odd(), "xnnpack", split(k=2), [(torch.randn(2, 3),)])
+    with pytest.raises(ConfigError, match="no target 'toaster'"):
+        export_program(Odd(), "toaster", None, [(torch.randn(2, 3),)])
+
+
+def depthwise():
+    """A net of separable convolutions, trained on noisy patterns, with images that it has not seen."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randn(10, 3, 12, 12, generator=generator)
+
+    def draw(number):
+        labels = torch.randint(0, 10, (number,), generator=generator)
+        return patterns[labels] + 1.5 * torch.randn(number, 3, 12, 12, generator=generator), labels
+
+    def separable(inputs, outputs, stride):
+        yield nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False)
+        yield from (nn.BatchNorm2d(inputs), nn.ReLU6(), nn.Conv2d(inputs, outputs, 1, bias=False))
+        yield from (nn.BatchNorm2d(outputs), nn.ReLU6())
+
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6()),
+        *(*separable(16, 24, 2), *separable(24, 32, 1), *separable(32, 48, 2)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10)),
     )
-    assert len(plain[0]) == len(parts[0]) == 1
-    assert plain[1] == parts[1] == []
-    assert plain[2] < parts[2] < 3 * plain[2]
-    assert parts[3] < plain[3]
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    for _ in range(80):
+        images, labels = draw(64)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return model.eval(), draw(64)[0], draw(128)[0]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return depthwise()
+
+
+def decibels(model, quantizer, calibration, images):
+    from splitquant_pt2e.compat import convert_pt2e, prepare_pt2e
+
+    exported = torch.export.export(copy.deepcopy(model), (images[:32],), strict=True).module(check_guards=False)
+    prepared = prepare_pt2e(exported, quantizer)
+    with torch.no_grad():
+        for batch in calibration.split(32):
+            prepared(batch)
+        converted, expected = convert_pt2e(prepared), model(images)
+        wrong = torch.cat([converted(batch) for batch in images.split(32)]) - expected
+    return float(10 * torch.log10(expected.square().sum() / wrong.square().sum()))
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_the_default_split_does_no_harm_to_a_depthwise_net(trained, split, name):
+    if reason := installed(name):
+        pytest.skip(reason)
+    plain, parts = (decibels(trained[0], q, *trained[1:]) for q in (make(name), split(k=2) + make(name)))
+    assert parts > plain - 0.3
+
+
+@pytest.mark.parametrize("name", ["qnn-16a4w", "qnn-16a4w-channel", "qnn-8a4w", "qnn-8a4w-channel"])
+def test_four_bits_on_resnet20_are_within_a_point_of_float(name, monkeypatch):
+    assets = os.environ.get("SPLITQUANT_ASSETS")
+    if not assets:
+        pytest.skip("SPLITQUANT_ASSETS names no folder")
+    benchmark = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "stock_quantizers.py"))
+    row = benchmark["row_of"](name, benchmark["resnet20"](Path(assets), 400), programs=False)
+    assert row["k"] == 2
+    assert row["auto"]["accuracy"] >= row["float_accuracy"] - 0.01
+    assert row["auto"]["logit_sqnr_db"] > row["plain"]["logit_sqnr_db"] + 10

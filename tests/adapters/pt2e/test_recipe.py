@@ -247,9 +247,11 @@ def test_nothing_to_split_is_an_error_and_nothing_to_gain_a_warning(split, quant
         quantize(model, split() + GlobalQuantizer(), torch.randn(2, 3))
 
 
-def test_other_passes_are_refused(split):
-    with pytest.raises(ConfigError, match="PassSequence does not work on exported graphs"):
-        PassSequence([split(), split()]) + LowBitWeightQuantizer()
+def test_passes_that_do_not_go_together_are_refused(split, quantize, nets, images):
+    with pytest.raises(ConfigError, match="activations=True goes with a single SplitQuantPass"):
+        PassSequence([split(activations=True), split()]) + LowBitWeightQuantizer()
+    with pytest.raises(AlreadySplitError, match="split before"):
+        quantize(nets.residual(), PassSequence([split(), split()]) + LowBitWeightQuantizer("int4"), images)
 
 
 def test_composed_quantizers(split, nets, images, quantize, count):
