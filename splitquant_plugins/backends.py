@@ -34,7 +34,8 @@ ROUND_TO_NEAREST = "rtn"
 class WeightRequest:
     """The weight format that a user asks for; None leaves the choice to the backend.
 
-    `weights` is int2, int4 or int8. `method` is how the backend chooses codes, one of its `methods`.
+    `weights` is int2, int4 or int8. `method` is how the backend chooses codes, one of its `methods`. `quantizer` names
+    one of the backend's stock quantizers, which fixes all the rest: `weights` is then left empty.
     """
 
     weights: str
@@ -42,6 +43,7 @@ class WeightRequest:
     group_size: int | None = None
     scheme: Scheme | None = None
     method: str = ROUND_TO_NEAREST
+    quantizer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,15 @@ class WeightFormat:
     group_size: int | None
     scheme: Scheme
     method: str = ROUND_TO_NEAREST
+    quantizer: str | None = None
+
+
+@dataclass(frozen=True)
+class StockQuantizers:
+    """The quantizers that come with a backend's packages: their descriptions by name, and why some cannot be used."""
+
+    descriptions: Mapping[str, str]
+    missing: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,22 @@ class QuantizedModel:
     def layers_quantized(self) -> int:
         """Layers that the backend quantized, parts counted one by one."""
         return sum(len(parts) for parts in self.layers.values())
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program for a device.
+
+    `delegates` counts the pieces that go to the device's own kernels, `host` the operators that are left to the host,
+    by name. `cycles` is what the target's compiler estimates, where it does. `model` runs as the program should.
+    """
+
+    content: bytes
+    delegates: int
+    host: Mapping[str, int]
+    cycles: int | None
+    model: nn.Module
+    manifest: Manifest | None
 
 
 def run_of(model: nn.Module) -> Callable[[Batch], Tensor]:
@@ -221,6 +248,8 @@ class Backend(ABC):
 
     def resolve(self, request: WeightRequest) -> WeightFormat:
         """Fill the gaps of a request with what works best here; ConfigError for what is not supported."""
+        if request.quantizer is not None:
+            return self.stock_format(request)
         if request.weights not in self.support:
             raise ConfigError(
                 f"backend {self.name} has no weights {request.weights!r}: choose from {', '.join(self.support)}"
@@ -261,6 +290,27 @@ class Backend(ABC):
     def saved_layers(self) -> SavedLayers | None:
         """Return how single layers are saved by transformers' `save_pretrained`; None where they cannot be."""
         return None
+
+    def stock_quantizers(self) -> StockQuantizers:
+        """Return the quantizers of its own that a request may name; nothing is imported to find out."""
+        return StockQuantizers({}, {})
+
+    def stock_format(self, request: WeightRequest) -> WeightFormat:
+        """Return the weight format of a stock quantizer."""
+        raise ConfigError(f"backend {self.name} has no stock quantizers, and so no {request.quantizer!r}")
+
+    def targets(self) -> Mapping[str, str]:
+        """Devices that `program` writes programs for, each with a description."""
+        return {}
+
+    def program(
+        self, model: nn.Module, target: str, first: ModelPass | None, batches: Sequence[tuple[Tensor, ...]]
+    ) -> Program:
+        """Quantize a float model for a target, with the pass `first` in front, and lower it.
+
+        `model` takes the tensors of a batch by position; the first batch has the program's sizes, all calibrate it.
+        """
+        raise ConfigError(f"backend {self.name} writes no programs")
 
     @abstractmethod
     def grid(self, chosen: WeightFormat) -> Grid:

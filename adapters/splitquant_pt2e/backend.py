@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -10,7 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from splitquant_plugins.backends import Backend, Batch, QuantizedModel, Support, WeightFormat, quantized_by, run_of
+from splitquant_plugins.backends import (
+    Backend,
+    Batch,
+    Program,
+    QuantizedModel,
+    StockQuantizers,
+    Support,
+    WeightFormat,
+    WeightRequest,
+    quantized_by,
+    run_of,
+)
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.grid import Grid
 from splitquant_plugins.manifest import ATTRIBUTE, manifest_of
@@ -28,8 +39,32 @@ class Pt2eBackend(Backend):
     packages = ("torchao",)
     support: ClassVar = {"int2": _SUPPORT, "int4": _SUPPORT, "int8": _SUPPORT}
 
+    def stock_quantizers(self) -> StockQuantizers:
+        """Return the quantizers that ship with torchao, executorch and nncf."""
+        from splitquant_pt2e.stock_quantizers import STOCK, missing_packages
+
+        reasons = {name: missing_packages(name) for name in STOCK}
+        return StockQuantizers(
+            {name: stock.description for name, stock in STOCK.items()},
+            {name: reason for name, reason in reasons.items() if reason is not None},
+        )
+
+    def stock_format(self, request: WeightRequest) -> WeightFormat:
+        """Return the weight format that a stock quantizer has."""
+        from splitquant_pt2e.stock_grid import stock_grid
+
+        grid = stock_grid(str(request.quantizer))
+        scheme: Any = grid.scheme
+        return WeightFormat(
+            f"int{grid.bits}", grid.bits, grid.granularity, None, scheme, request.method, request.quantizer
+        )
+
     def grid(self, chosen: WeightFormat) -> Grid:
         """Return the grid of the quantizer."""
+        if chosen.quantizer is not None:
+            from splitquant_pt2e.stock_grid import stock_grid
+
+            return stock_grid(chosen.quantizer)
         grid: Grid = _quantizer(chosen).grid
         return grid
 
@@ -42,23 +77,27 @@ class Pt2eBackend(Backend):
     ) -> QuantizedModel:
         """Export the model with a free batch size and sequence length, and quantize the graph.
 
-        The first of `batches` is the example that the model is traced with.
+        The first of `batches` is the example that the model is traced with. A stock quantizer calibrates with all.
         """
         from splitquant_pt2e.compat import convert_pt2e, prepare_pt2e
         from splitquant_pt2e.layers import NAME, stamp_names
         from splitquant_pt2e.stored_layers import stored_weights
 
-        example = next(iter(batches), None)
+        given = list(batches) if chosen.quantizer is not None else []
+        example = next(iter(given or batches), None)
         if example is None:
             raise InputError("backend pt2e traces the model: give an example batch of its inputs")
         example = _at_least_two(example)
 
         def work() -> nn.Module:
-            before = first if first is not None and first.needs_modules else None
+            # A stock quantizer's grids are known once it has annotated the graph.
+            on_graph = chosen.quantizer is not None or first is None or not first.needs_modules
+            before = None if on_graph else first
             # A pass that needs modules runs before the export.
-            exported = model.eval() if before is None else before.apply(model.eval(), grid=self.grid(chosen))
+            whole = model.eval()
+            exported = whole if before is None else before.apply(whole, grid=self.grid(chosen))
             owners = layer_of_part(exported)
-            graph = export(exported.eval(), example)
+            graph = export(exported.eval(), example, strict=_is_strict(chosen))
             stamp_names(graph)
             for node in graph.graph.nodes:  # parts of layers that were split before go by the layer's name
                 if node.meta.get(NAME) in owners:
@@ -69,6 +108,8 @@ class Pt2eBackend(Backend):
             with torch.no_grad():
                 prepared = prepare_pt2e(graph, quantizer if first is None or before is not None else first + quantizer)
                 prepared(**example)  # the observers see the weights in a forward
+                for batch in given[1:]:
+                    prepared(**{name: batch[name] for name in example})
                 converted: nn.Module = convert_pt2e(prepared)
             return converted
 
@@ -79,6 +120,20 @@ class Pt2eBackend(Backend):
             state=_tensors,
             run=lambda made: lambda batch: run_of(made)({name: batch[name] for name in example}),
         )
+
+    def targets(self) -> dict[str, str]:
+        """Devices that ExecuTorch writes programs for."""
+        from splitquant_pt2e.programs import TARGETS
+
+        return {name: target.description for name, target in TARGETS.items()}
+
+    def program(
+        self, model: nn.Module, target: str, first: ModelPass | None, batches: Sequence[tuple[Tensor, ...]]
+    ) -> Program:
+        """Quantize the model with the target's stock quantizer, and lower it by ExecuTorch."""
+        from splitquant_pt2e.programs import export_program
+
+        return export_program(model.eval(), target, first, batches)
 
     def save(self, quantized: QuantizedModel, folder: Path) -> None:
         """Save the graph, its tensors and the manifest."""
@@ -93,20 +148,30 @@ class Pt2eBackend(Backend):
         return load(folder)
 
 
-def export(model: nn.Module, example: Batch) -> GraphModule:
-    """Export a model that takes tensors [batch, sequence] by name, with both sizes free."""
+def export(model: nn.Module, example: Batch, *, strict: bool = False) -> GraphModule:
+    """Export a model that takes tensors [batch, sequence] by name, with both sizes free; `strict` has no guards."""
     config = getattr(model, "config", None)
     if getattr(config, "use_cache", False):  # a cache of keys and values is no tensor that a graph could return
         config.use_cache = False  # type: ignore[union-attr]
     free = torch.export.Dim.DYNAMIC
     shapes = {name: dict.fromkeys(range(min(tensor.ndim, 2)), free) for name, tensor in example.items()}
     with torch.no_grad():
-        exported = torch.export.export(model, (), kwargs=dict(example), dynamic_shapes=shapes)
-    graph: GraphModule = exported.module()
-    return graph
+        exported = torch.export.export(model, (), kwargs=dict(example), dynamic_shapes=shapes, strict=strict)
+    graph: Any = exported.module(check_guards=False) if strict else exported.module()
+    return cast(GraphModule, graph)
+
+
+def _is_strict(chosen: WeightFormat) -> bool:
+    from splitquant_pt2e.stock_quantizers import STOCK
+
+    return chosen.quantizer is not None and STOCK[chosen.quantizer].strict
 
 
 def _quantizer(chosen: WeightFormat) -> Any:
+    if chosen.quantizer is not None:
+        from splitquant_pt2e.stock_quantizers import make
+
+        return make(chosen.quantizer)
     from splitquant_pt2e.quantizer import LowBitWeightQuantizer
 
     options: dict[str, Any] = {"granularity": chosen.granularity, "scheme": chosen.scheme}

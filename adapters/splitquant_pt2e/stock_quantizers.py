@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -39,17 +40,29 @@ def make(name: str) -> Any:
     if reason := installed(name):
         raise MissingExtraError(f"stock quantizer {name!r}: {reason}")
     stock = STOCK[name]
-    return stock.build(import_module(stock.home))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # vendors' packages warn of their own insides
+        return stock.build(import_module(stock.home))
+
+
+def missing_packages(name: str) -> str | None:
+    """Which packages a stock quantizer lacks here, found without an import; None where it lacks none."""
+    stock = STOCK[name]
+    missing = [package for package in (stock.package, *stock.needs) if find_spec(package) is None]
+    if missing:
+        return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
+    return None
 
 
 def installed(name: str) -> str | None:
     """Why a stock quantizer cannot be built here; None where it can."""
     stock = STOCK[name]
-    missing = [package for package in (stock.package, *stock.needs) if find_spec(package) is None]
-    if missing:
-        return f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
+    if reason := missing_packages(name):
+        return reason
     try:
-        import_module(stock.home)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import_module(stock.home)
     except Exception as error:  # vendors' packages fail at import in ways of their own
         return f"{stock.home} cannot be imported: {type(error).__name__}: {error}"
     return None
@@ -63,11 +76,11 @@ def _xnnpack(channel: bool) -> Callable[[Any], Any]:
     return build
 
 
-def _ethos(channel: bool) -> Callable[[Any], Any]:
+def _ethos(channel: bool, unit: str = "ethos-u55-128") -> Callable[[Any], Any]:
     def build(home: Any) -> Any:
         from executorch.backends.arm.ethosu import EthosUCompileSpec
 
-        quantizer = home.EthosUQuantizer(EthosUCompileSpec("ethos-u55-128"))
+        quantizer = home.EthosUQuantizer(EthosUCompileSpec(unit))
         quantizer.set_global(home.get_symmetric_quantization_config(is_per_channel=channel))
         return quantizer
 
@@ -117,6 +130,13 @@ def _coreml(channel: bool) -> Callable[[Any], Any]:
     return build
 
 
+def _openvino(mode: str) -> Callable[[Any], Any]:
+    def build(home: Any) -> Any:
+        return home.OpenVINOQuantizer(mode=home.QuantizationMode[mode])
+
+    return build
+
+
 def _x86(home: Any) -> Any:
     return home.X86InductorQuantizer().set_global(home.get_default_x86_inductor_quantization_config())
 
@@ -134,6 +154,7 @@ _ARM = "executorch.backends.arm.quantizer"
 _QNN = "executorch.backends.qualcomm.quantizer.quantizer"
 _SAMSUNG = "executorch.backends.samsung.quantizer.quantizer"
 _COREML = "executorch.backends.apple.coreml.quantizer.coreml_quantizer"
+_OPENVINO = "executorch.backends.openvino.quantizer.quantizer"
 _TORCHAO = "torchao.quantization.pt2e.quantizer"
 
 STOCK: dict[str, StockQuantizer] = {
@@ -141,6 +162,9 @@ STOCK: dict[str, StockQuantizer] = {
     "xnnpack-channel": StockQuantizer(_XNNPACK, _xnnpack(True), "XNNPACK, W8A8, weights per channel"),
     "ethos-u": StockQuantizer(_ARM, _ethos(False), "Arm Ethos-U, W8A8, weights per tensor", strict=True),
     "ethos-u-channel": StockQuantizer(_ARM, _ethos(True), "Arm Ethos-U, W8A8, weights per channel", strict=True),
+    "ethos-u85": StockQuantizer(
+        _ARM, _ethos(False, "ethos-u85-256"), "Arm Ethos-U85, W8A8, weights per tensor", strict=True
+    ),
     "cortex-m": StockQuantizer(
         "executorch.backends.cortex_m.quantizer.quantizer",
         lambda home: home.CortexMQuantizer(),
@@ -171,6 +195,14 @@ STOCK: dict[str, StockQuantizer] = {
     "coreml-channel": StockQuantizer(
         _COREML, _coreml(True), "CoreML, W8A8, weights per channel", needs=("coremltools",)
     ),
+    **{
+        name: StockQuantizer(_OPENVINO, _openvino(mode), f"OpenVINO, {text}", needs=("nncf", "openvino"))
+        for name, mode, text in (
+            ("openvino", "INT8_SYM", "W8A8, symmetric activations"),
+            ("openvino-mixed", "INT8_MIXED", "W8A8, affine activations"),
+            ("openvino-int4", "INT4WO_SYM", "4-bit weights alone"),
+        )
+    },
     "x86-inductor": StockQuantizer(
         f"{_TORCHAO}.x86_inductor_quantizer", _x86, "x86 CPUs through Inductor, W8A8, weights per channel", "torchao"
     ),

@@ -23,6 +23,12 @@ from splitquant_plugins.cli.options import (
 @click.option("--data", required=True, help="Hub id, folder, or csv with the columns text,label.")
 @click.option("--backend", "backends", type=CommaList(), default="quanto", show_default=True)
 @click.option("--weights", type=CommaList(), default="int2,int4,int8", show_default=True)
+@click.option(
+    "--quantizer",
+    "quantizers",
+    type=CommaList(),
+    help="Stock quantizers of the backend, instead of --weights; `splitquant plugins` lists them.",
+)
 @click.option("--split", "splits", type=CommaList(), default="none,auto", show_default=True, help="Splitters, or none.")
 @click.option(
     "--method",
@@ -41,20 +47,32 @@ from splitquant_plugins.cli.options import (
     help="Add plain rows of as many bits as the split ones: k times theirs, or a budget's whole bits (at most 8, "
     "scales not counted).",
 )
+@click.option(
+    "--fail-below",
+    "thresholds",
+    multiple=True,
+    metavar="MEASURE=VALUE",
+    help="Exit status 1 where a split row (any row, if none is split) is below: accuracy or agreement in per cent, "
+    "logit_sqnr_db or weight_sqnr_db. May be repeated.",
+)
 @grid_options
 @split_options
 @json_option
+@click.pass_context
 def compare(
+    context: click.Context,
     model: str,
     data: str,
     backends: list[str],
     weights: list[str],
+    quantizers: list[str] | None,
     splits: list[str],
     methods: list[str],
     values: list[str] | None,
     seeds: list[int],
     limit: int | None,
     equal_storage: bool,
+    thresholds: tuple[str, ...],
     granularity: Any,
     group_size: int | None,
     scheme: Any,
@@ -64,7 +82,7 @@ def compare(
     extra: tuple[str, ...],
     jobs: int,
     json_path: Path | None,
-) -> None:
+) -> int:
     """Quantize MODEL, a classifier (Hub id or folder), in several ways and compare them on DATA.
 
     Bits and bytes are what is really stored: three parts of 2 bits are 6 bits per weight.
@@ -76,14 +94,19 @@ def compare(
     from splitquant_plugins.evaluation import compare as comparison
     from splitquant_plugins.evaluation import tables as report
     from splitquant_plugins.evaluation.coverage import sentences
+    from splitquant_plugins.evaluation.thresholds import failures, parse_thresholds
     from splitquant_plugins.plugins import Plugins
 
     quiet_libraries()
+    gate = parse_thresholds(thresholds)
     if values is not None:
         click.echo("splitquant: warning: --values is called --method now; the old name goes away", err=True)
         methods = values
     refuse_inputs_as_output(json_path, model, data, calibration)
     requests = [WeightRequest(width, granularity, group_size, scheme) for width in weights]
+    if quantizers is not None:
+        _refuse_choices_of_weights(context)
+        requests = [WeightRequest("", quantizer=name) for name in quantizers]
     options = pass_options(k, budget, jobs, extra)
     batches = None if calibration is None else comparison.calibration_batches(model, calibration)
     plugins = Plugins.load()
@@ -104,7 +127,24 @@ def compare(
             rows.append(row)
     fp32 = report.percent(rows[0]["fp32_accuracy"])
     title = f"{model} on {data}: n = {rows[0]['n']}, FP32 accuracy {fp32}"
-    report.print_table(title, rows, report.COMPARE_COLUMNS)
+    shown = report.COMPARE_COLUMNS
+    if quantizers is not None:
+        shown = (shown[0], ("quantizer", "quantizer", report.text), *shown[1:])
+    report.print_table(title, rows, shown)
     for line in sentences(min(rows, key=lambda row: row["quantized_share"])):
         click.echo(line)
     report.write_rows(json_path, rows)
+    below = failures(gate, rows)
+    for line in below:
+        click.echo(f"splitquant: {line}", err=True)
+    return 1 if below else 0
+
+
+def _refuse_choices_of_weights(context: click.Context) -> None:
+    """Raise ConfigError where the user also chose what a stock quantizer fixes."""
+    from splitquant_plugins.errors import ConfigError
+
+    for name in ("weights", "granularity", "group_size", "scheme", "equal_storage"):
+        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} goes without --quantizer: a stock quantizer says itself what it rounds to")

@@ -68,7 +68,7 @@ class Run:
     @property
     def title(self) -> str:
         """What a progress bar shows."""
-        return f"{self.backend.name} {self.format.weights} {self.split} {self.method}"
+        return f"{self.backend.name} {self.format.quantizer or self.format.weights} {self.split} {self.method}"
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,12 @@ def plan_runs(
     formats = []
     for backend, request, method in product(chosen, requests, methods):
         own = ROUND_TO_NEAREST if method == DECOUPLEQ else method
+        if request.quantizer is not None and calibration is None:
+            raise ConfigError(f"stock quantizer {request.quantizer!r} of backend {backend.name} {_NEEDS_CALIBRATION}")
         if own in backend.calibrated and calibration is None:
             raise ConfigError(f"method {own!r} of backend {backend.name} {_NEEDS_CALIBRATION}")
         form = backend.resolve(replace(request, method=own))
-        batches = calibration if own in backend.calibrated else None
+        batches = calibration if own in backend.calibrated or request.quantizer is not None else None
         formats.append((backend, form, solver if method == DECOUPLEQ else None, batches))
     using = {split for split in splits if split != UNSPLIT and plugins.splitter(split).uses_calibration}
     if calibration is not None and not using and solver is None and all(batches is None for *_, batches in formats):
@@ -219,6 +221,7 @@ def row_of(subject: Subject, run: Run) -> dict[str, Any]:
         "data": subject.data.name,
         "n": len(subject.data.labels),
         "backend": run.backend.name,
+        "quantizer": run.format.quantizer,
         "weights": run.format.weights,
         "granularity": run.format.granularity,
         "group_size": run.format.group_size,

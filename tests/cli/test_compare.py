@@ -49,6 +49,22 @@ def test_the_old_names_of_method_go_on_working(
     assert "warning" not in capsys.readouterr().err
 
 
+def test_a_comparison_is_a_gate(
+    rows_of: Callable[..., list[dict[str, Any]]], classifier: Callable[..., Path], texts: Path, tmp_path: Path, capsys
+) -> None:
+    rows = rows_of("--split", "none,kmeans", "--fail-below", "agreement=0", "--fail-below", "logit_sqnr_db=-100")
+    assert len(rows) == 2
+    path = tmp_path / "below.json"
+    common = ["compare", str(classifier("again")), "--data", str(texts), "--backend", "simulated", "--weights", "int2"]
+    capsys.readouterr()
+    assert run([*common, "--split", "none,kmeans", "--json", str(path), "--fail-below", "logit_sqnr_db=200"]) == 1
+    assert len(json.loads(path.read_text())) == 2  # written for the one who wants to know
+    said = [line for line in capsys.readouterr().err.splitlines() if "is below 200 dB" in line]
+    assert len(said) == 1
+    assert "simulated int2 split kmeans" in said[0]
+    assert run([*common, "--fail-below", "0.5"]) == 2
+
+
 @pytest.mark.parametrize(("backend", "method"), [("simulated", "decoupleq"), ("inc", "gptq")])
 def test_methods_without_their_data_name_the_option(
     backend: str, method: str, classifier: Callable[..., Path], texts: Path, fails: Callable[..., str]
@@ -70,3 +86,32 @@ def test_equal_storage_adds_plain_rows(
     rows = rows_of("--equal-storage", *options)
     assert (rows[-1]["backend"], rows[-1]["weights"], rows[-1]["split"]) == ("simulated", f"int{bits}", "none")
     assert sum(row["weights"] != "int2" for row in rows) == 1
+
+
+def test_stock_quantizers_fix_the_weights(
+    classifier: Callable[..., Path], texts: Path, tmp_path: Path, fails: Callable[..., str], capsys
+) -> None:
+    pytest.importorskip("torchao")
+    common = ["compare", str(classifier()), "--data", str(texts), "--backend", "pt2e", "--quantizer", "x86-inductor"]
+    assert "needs calibration data" in fails(*common)
+    assert "--weights goes without --quantizer" in fails(*common, "--weights", "int2")
+    assert "no stock quantizer 'toaster'" in fails(*common[:-1], "toaster", "--calibration", texts)
+    simulated = [*common[:5], "simulated", *common[6:]]
+    assert "backend simulated has no stock quantizers" in fails(*simulated, "--calibration", texts)
+    path = tmp_path / "rows.json"
+    assert run([*common, "--calibration", str(texts), "--k", "2", "--json", str(path)]) == 0
+    plain, split = json.loads(path.read_text())
+    assert (plain["quantizer"], plain["weights"], plain["granularity"]) == ("x86-inductor", "int8", "channel")
+    assert split["layers_split"] == plain["layers_quantized"] == 8
+    assert "x86-inductor" in capsys.readouterr().out
+
+
+def test_plugins_lists_stock_quantizers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchao")
+    path = tmp_path / "plugins.json"
+    assert run(["plugins", "--json", str(path)]) == 0
+    (found,) = [row["quantizers"] for row in json.loads(path.read_text()) if row["name"] == "pt2e"]
+    states = {row["quantizer"]: row["state"] for row in found}
+    assert states["x86-inductor"] == "installed"
+    assert len(states) > 20
+    assert "stock quantizers" in capsys.readouterr().out
