@@ -1,8 +1,10 @@
 """`splitquant quantize` on a generated, sharded checkpoint of Llama's shape, in a process limited to 2 GiB.
 
-Run `python benchmarks/checkpoint.py [--smoke] [--json FILE] [--folder DIR] [--in-memory]`. The checkpoint has the
-shape of Llama-3.2-1B (1.24 billion bfloat16 parameters, tied embeddings) and random weights with heavy tails;
-it and the output take 5 GB in a temporary folder, which is removed afterwards.
+Run `python benchmarks/checkpoint.py [--smoke] [--json FILE] [--folder DIR] [--rows NAME,NAME] [--layers N]`. The
+checkpoint has the shape of Llama-3.2-1B (1.24 billion bfloat16 parameters, tied embeddings; fewer with --layers) and
+random weights with heavy tails; it and one output take 6 GB in a temporary folder, which is removed afterwards. Rows
+are the paper's k-means and the default split, quanto INT4 with k = 2 and INT2 with k = 3, and a budget of stored bits
+in place of k. Loops are compiled before, by a small checkpoint. --in-memory adds the same rows without streaming.
 
 The limit is RLIMIT_DATA, which on Linux counts all private writable memory of the process: heap, anonymous
 mappings and thread stacks, touched or not. Allocations beyond it fail. Peak RSS is what the kernel reports for the
@@ -13,6 +15,7 @@ GB/s counts bytes read and written.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import resource
 import shutil
@@ -20,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from _harness import report
 from splitquant_plugins.checkpoints.files import write_json
 from splitquant_plugins.checkpoints.headers import TensorSpec, longest_header
 from splitquant_plugins.checkpoints.source import INDEX_FILE
+from splitquant_plugins.manifest import Manifest
 from splitquant_plugins.streaming.writer import ShardWriter
 
 LIMIT = 2 << 30
@@ -49,7 +53,14 @@ TINY = {
     "num_key_value_heads": 2,
     "vocab_size": 512,
 }
-OPTIONS = ("--backend", "quanto", "--weights", "int4", "--split", "kmeans", "--k", "3")
+ROWS = {
+    "int4-kmeans": ("--weights", "int4", "--split", "kmeans", "--k", "2"),
+    "int4-auto": ("--weights", "int4", "--split", "auto", "--k", "2"),
+    "int2-kmeans": ("--weights", "int2", "--split", "kmeans", "--k", "3"),
+    "int2-auto": ("--weights", "int2", "--split", "auto", "--k", "3"),
+    # Three parts of 2 bits with their scales and shifts store 7.5 bits.
+    "int2-budget": ("--weights", "int2", "--split", "auto", "--budget", "6.5"),
+}
 # Loading is outside the limit: it holds the whole model.
 CHECK = """
 import sys, torch
@@ -120,46 +131,80 @@ def measure(command: list[str], limit: int | None) -> tuple[float, int]:
     return time.perf_counter() - started, usage.ru_maxrss * 1024
 
 
-def run(smoke: bool, folder: Path | None = None, jobs: int = 2, in_memory: bool = False) -> list[dict[str, Any]]:
+def run(
+    smoke: bool,
+    folder: Path | None = None,
+    jobs: int = 2,
+    in_memory: bool = False,
+    rows: Sequence[str] = tuple(ROWS),
+    layers: int | None = None,
+) -> list[dict[str, Any]]:
     """Generate, quantize and load; `smoke` takes a tiny checkpoint that shows only that everything runs."""
+    unknown = [name for name in rows if name not in ROWS]
+    if unknown:
+        raise SystemExit(f"no row {unknown[0]!r}; choose from {', '.join(ROWS)}")
     work = Path(tempfile.mkdtemp(prefix="checkpoint.", dir=folder))
     try:
         sizes, shard = (TINY, 500_000) if smoke else (LLAMA_1B, 1 << 30)
+        if layers is not None:
+            sizes = {**sizes, "num_hidden_layers": layers}
         parameters = make_checkpoint(work / "float", sizes, shard)
-        rows = [_quantize(work, parameters, jobs, stream=True)]
-        if in_memory:
-            rows.append(_quantize(work, parameters, jobs, stream=False))
-        return rows
+        if not smoke:
+            _compile(work, rows)
+        found = []
+        for name in rows:
+            for stream in (True, False) if in_memory else (True,):
+                found.append(_quantize(work, name, parameters, jobs, stream=stream))
+        return found
     finally:
         shutil.rmtree(work)
 
 
-def _quantize(work: Path, parameters: int, jobs: int, *, stream: bool) -> dict[str, Any]:
-    output = work / ("streamed" if stream else "whole")
-    splitquant = [
-        sys.executable,
-        "-c",
-        "from splitquant_plugins.cli import main; main()",
-        "quantize",
-        str(work / "float"),
-    ]
-    flags = ["--jobs", str(jobs), "--stream" if stream else "--no-stream", "--output", str(output)]
+def _compile(work: Path, rows: Sequence[str]) -> None:
+    """Let the first run after an installation, which compiles its loops, be another one."""
+    make_checkpoint(work / "small", TINY, 500_000)
+    for name, options in ROWS.items():
+        subprocess.run(
+            [*_command(work / "small", work / f"small-{name}", 1), *options], check=True, capture_output=True
+        )
+
+
+def _command(source: Path, output: Path, jobs: int) -> list[str]:
+    program = [sys.executable, "-c", "from splitquant_plugins.cli import main; main()", "quantize", str(source)]
+    return [*program, "--backend", "quanto", "--jobs", str(jobs), "--output", str(output)]
+
+
+def _quantize(work: Path, name: str, parameters: int, jobs: int, *, stream: bool) -> dict[str, Any]:
+    output = work / "output"
+    command = [*_command(work / "float", output, jobs), *ROWS[name], "--stream" if stream else "--no-stream"]
     limit = LIMIT if stream else None
-    seconds, peak = measure([*splitquant, *OPTIONS, *flags], limit)
+    seconds, peak = measure(command, limit)
     loading, _ = measure([sys.executable, "-c", CHECK, str(output)], None)
     read, written = (_bytes(path) for path in (work / "float", output))
-    return {
+    manifest = Manifest.load(output)
+    row = {
+        "row": name,
         "way": "streamed" if stream else "in memory",
         "parameters": parameters,
         "limit, MiB": None if limit is None else limit >> 20,
         "seconds": seconds,
         "peak RSS, MiB": peak / 2**20,
-        "read, GB": read / 1e9,
+        "gain, dB": _gain(manifest),
+        "parts": "/".join(str(k) for k in sorted({layer.k for layer in manifest.split})),
         "written, GB": written / 1e9,
         "GB/s": (read + written) / 1e9 / seconds,
         "shards": len(list(output.glob("*.safetensors"))),
         "load and one step, s": loading,
     }
+    shutil.rmtree(output)
+    return row
+
+
+def _gain(manifest: Manifest) -> float:
+    """By how much less the error of the split weights is than that of whole ones on the same grid, in dB."""
+    whole = sum(layer.error_whole or 0.0 for layer in manifest.split)
+    split = sum(layer.error_split or 0.0 for layer in manifest.split)
+    return 10 * math.log10(whole / split) if split else math.inf
 
 
 def _bytes(folder: Path) -> int:
@@ -173,6 +218,9 @@ if __name__ == "__main__":
     parser.add_argument("--folder", type=Path, help="where the temporary files go")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--in-memory", action="store_true", help="also the same without streaming, for comparison")
+    parser.add_argument("--rows", default=",".join(ROWS), help="which rows, of these")
+    parser.add_argument("--layers", type=int, help="hidden layers of the model, 16 by default")
     arguments = parser.parse_args()
-    rows = run(arguments.smoke, arguments.folder, arguments.jobs, arguments.in_memory)
-    report("A checkpoint of Llama's shape, k-means k = 3, INT4", rows, arguments.json)
+    names = arguments.rows.split(",")
+    found = run(arguments.smoke, arguments.folder, arguments.jobs, arguments.in_memory, names, arguments.layers)
+    report("A checkpoint of Llama's shape", found, arguments.json)

@@ -73,7 +73,8 @@ class LayerRecord(BaseModel):
     `also_known_as` are further names that a shared module is reached by; `shared_with` names the layer whose
     parts this one shares because their weights were tied. `values` is there where DecoupleQPass ran.
 
-    `why` says what chose the `splitter`, where it was not asked for. Where the recipe's grid is known, `error_whole`
+    `splitter` made the parts, or was asked for some and made none that are of use; `why` says what chose it, where the
+    user did not. Where the recipe's grid is known, `error_whole`
     and `error_split` are the squared error that it makes of the whole and of the split weight, summed over the
     weights, or with calibration data the mean squared error of the layer's outputs, summed over the outputs.
     """

@@ -93,6 +93,7 @@ def compare(
     from splitquant_plugins.backends import WeightRequest
     from splitquant_plugins.evaluation import compare as comparison
     from splitquant_plugins.evaluation import tables as report
+    from splitquant_plugins.evaluation.choices import summary
     from splitquant_plugins.evaluation.coverage import sentences
     from splitquant_plugins.evaluation.thresholds import failures, parse_thresholds
     from splitquant_plugins.plugins import Plugins
@@ -131,6 +132,9 @@ def compare(
     if quantizers is not None:
         shown = (shown[0], ("quantizer", "quantizer", report.text), *shown[1:])
     report.print_table(title, rows, shown)
+    for row in rows:
+        if row["choices"]:
+            click.echo(f"{row['backend']} {row['weights']} {row['split']}: {summary(row['choices'])}")
     for line in sentences(min(rows, key=lambda row: row["quantized_share"])):
         click.echo(line)
     report.write_rows(json_path, rows)

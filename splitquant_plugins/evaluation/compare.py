@@ -20,6 +20,7 @@ from splitquant_plugins.checkpoints.transformers_models import (
 )
 from splitquant_plugins.decoupleq.decoupleq_pass import DecoupleQPass
 from splitquant_plugins.errors import ConfigError, InputError, first_line
+from splitquant_plugins.evaluation.choices import choices
 from splitquant_plugins.evaluation.coverage import coverage, float_tensors
 from splitquant_plugins.evaluation.metrics import accuracy, logits_of, measure, tokenize
 from splitquant_plugins.evaluation.peak_memory import PeakMemory
@@ -239,6 +240,7 @@ def row_of(subject: Subject, run: Run) -> dict[str, Any]:
         "peak_mb": memory.megabytes,
         "layers_split": len(quantized.manifest.split) if quantized.manifest else 0,
         **coverage(tensors, quantized.layers, quantized.manifest),
+        "choices": choices(quantized.manifest),
         "layers_solved": len(quantized.manifest.solved) if quantized.manifest else 0,
         "seed": run.seed,
     }

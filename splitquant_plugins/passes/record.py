@@ -35,8 +35,11 @@ def new_manifest(
 
 def layer_record(names: Sequence[str], plan: LayerPlan, tensors: SplitTensors) -> LayerRecord:
     """Return the record of a layer whose tensors were split, or were found to stay whole."""
+    chosen: dict[str, Any] = {"splitter": tensors.splitter, "why": tensors.why}
+    if tensors.error is not None:
+        chosen.update(error_whole=tensors.error.whole, error_split=tensors.error.split)
     if tensors.reason is not None:
-        return ignored_record(names, tensors.reason, plan.kind)
+        return ignored_record(names, tensors.reason, plan.kind).model_copy(update=chosen)
     parts = part_names(len(tensors.weight))
     return LayerRecord(
         name=names[0],
@@ -47,14 +50,11 @@ def layer_record(names: Sequence[str], plan: LayerPlan, tensors: SplitTensors) -
         shape=tuple(plan.weight.shape),
         dtype=str(plan.weight.dtype).removeprefix("torch."),
         granularity=tensors.granularity,
-        splitter=tensors.splitter,
-        why=tensors.why,
-        error_whole=None if tensors.error is None else tensors.error.whole,
-        error_split=None if tensors.error is None else tensors.error.split,
         k=len(parts),
         parts=parts,
         bias_parts=tuple(n for n, part in zip(parts, tensors.bias, strict=True) if part is not None),
         seconds=0.0 if tensors.shared_with else tensors.seconds,
+        **chosen,
     )
 
 

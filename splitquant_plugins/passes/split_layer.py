@@ -57,8 +57,8 @@ class LayerTask:
 class SplitTensors:
     """The parts of one layer's weight and bias, or why it stays whole.
 
-    `shared_with` names the layer whose weight, and so whose parts, are those of this one. `splitter` made the parts,
-    `why` says what chose it where it was not asked for, and `error` what the recipe's grid leaves, where it is known.
+    `shared_with` names the layer whose weight, and so whose parts, are those of this one. `splitter` was asked for
+    them, `why` says what chose it where the user did not, and `error` what the recipe's grid leaves, where it is known.
     """
 
     weight: list[Tensor]
@@ -88,6 +88,8 @@ class LayerSplitter:
         stand_in = self._plugins.splitter(task.weight_plan.splitter).stand_in(task.grid)
         plan = task.weight_plan if stand_in is None else replace(task.weight_plan, splitter=stand_in.splitter)
         splitter = self._plugins.splitter(plan.splitter)
+        why = "" if stand_in is None else stand_in.why
+        error: Errors | None = None
         try:
             weights = self._parts(task.weight, plan, task.grid)
             if len(weights) == 1:
@@ -98,7 +100,8 @@ class LayerSplitter:
             bias_plan = task.bias_plan if splitter.splits_bias else None
             found = [] if task.bias is None else self._bias_parts(task.bias, bias_plan, plan.splitter, len(weights))
         except CannotSplit as answer:
-            return SplitTensors([], [], time.perf_counter() - started, answer.reason)
+            seconds = time.perf_counter() - started
+            return SplitTensors([], [], seconds, answer.reason, splitter=plan.splitter, why=why, error=error)
         except SplitFailedError as failure:
             return _failed(failure, time.perf_counter() - started)
         return SplitTensors(
@@ -106,7 +109,7 @@ class LayerSplitter:
             [*found, *[None] * (len(weights) - len(found))],
             time.perf_counter() - started,
             splitter=plan.splitter,
-            why="" if stand_in is None else stand_in.why,
+            why=why,
             granularity=plan.granularity,
             error=error,
         )

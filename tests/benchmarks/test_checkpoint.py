@@ -13,7 +13,9 @@ def test_checkpoint(python_path, monkeypatch, tmp_path):
 
     for name, value in python_path().items():
         monkeypatch.setenv(name, value)
-    (row,) = checkpoint.run(smoke=True, folder=tmp_path)
+    (row,) = checkpoint.run(smoke=True, folder=tmp_path, rows=["int2-budget"])
+    assert row["gain, dB"] > 10
+    assert len(row["parts"].split("/")) > 1
     assert row["way"] == "streamed"
     assert row["limit, MiB"] == 2048
     assert 0 < row["peak RSS, MiB"] < 2048

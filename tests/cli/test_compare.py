@@ -39,6 +39,17 @@ def test_values_that_are_calibrated(rows_of: Callable[..., list[dict[str, Any]]]
         assert solved["logit_sqnr_db"] > plain["logit_sqnr_db"]
 
 
+def test_what_the_default_chose_is_told_layer_by_layer(
+    rows_of: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, split = rows_of("--split", "none,auto", "--k", "2", "--limit", "4", "--granularity", "tensor")
+    assert plain["choices"] == []
+    assert len(split["choices"]) == split["layers_split"]
+    assert {each["chosen"] for each in split["choices"]} == {"grid"}
+    assert all(each["k"] == 2 and "is known" in each["why"] for each in split["choices"])
+    assert f"simulated int2 auto: grid {split['layers_split']}\n" in capsys.readouterr().out
+
+
 def test_the_old_names_of_method_go_on_working(
     rows_of: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
 ) -> None:

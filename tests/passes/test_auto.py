@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from splitquant_plugins import SplitQuantPass, Splitter, UniformGrid, hookimpl, manifest_of
 from splitquant_plugins.errors import ConfigError, SplitQuantWarning
+from splitquant_plugins.evaluation.choices import choices, summary
 from splitquant_plugins.plugins import Plugins
 
 RESTRICTED = UniformGrid(2, "symmetric", "tensor")
@@ -76,6 +77,12 @@ def test_a_layer_that_gains_nothing_stays_whole_and_says_why(splitter: str):
     (kept,) = manifest_of(ours).kept
     assert kept.name == "0"
     assert "does not lower the weight's squared error" in str(kept.reason)
+    assert kept.splitter == ("grid" if splitter == "auto" else splitter)
+    assert bool(kept.why) == (splitter == "auto")
+    assert kept.error_split is not None
+    assert kept.error_whole is not None
+    assert kept.error_split >= kept.error_whole
+    assert summary(choices(manifest_of(ours))) == f"{kept.splitter} 1, whole 1"
     assert [record.name for record in manifest_of(ours).split] == ["1"]
 
 
