@@ -25,10 +25,16 @@ def stored_weights(model: GraphModule) -> dict[str, list[StoredWeight]]:
         if name is None or node.op != "call_function":
             continue
         for argument in node.all_input_nodes:
-            if _dequantizes_stored(argument):
+            if _dequantizes_stored(argument) and not _is_bias(node, argument):
                 codes = str(argument.args[0].target)
                 found.setdefault(name, {}).setdefault(codes, _stored(model, argument))
     return {name: list(weights.values()) for name, weights in found.items()}
+
+
+def _is_bias(node: Node, argument: Node) -> bool:
+    """Whether an argument is a bias, which integer targets store as integers too."""
+    place = 0 if node.target == torch.ops.aten.addmm.default else 2
+    return len(node.args) > place and node.args[place] is argument
 
 
 def _dequantizes_stored(node: Node) -> bool:

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from splitquant_pt2e import LowBitWeightQuantizer, Pt2eGrid
+from splitquant_pt2e import LowBitWeightQuantizer, Pt2eGrid, stored_weights
 from splitquant_pt2e.compat import (
     ANNOTATION,
     HistogramObserver,
@@ -200,6 +200,15 @@ def test_the_cost_of_partial_sums_is_what_their_scales_do(k, uneven, observed):
         added += float(((y / scale).round() * scale - y).square().sum(dim=1).mean())
     cost = partial_sum_cost(parts, activation_spec(), moment)
     assert added < cost < added * 2.5  # fewer values reach less far than the rule has it
+
+
+@torch.no_grad()
+def test_biases_of_integers_are_no_stored_weights(split, quantize):
+    model, x = convolutions(nn.ReLU()), torch.randn(4, 3, 8, 8)
+    found = stored_weights(quantize(model, split(k=2, splitter="residual") + IntegerQuantizer(), x))
+    assert {name: [tuple(part.weight.shape) for part in parts] for name, parts in found.items()} == {
+        name: [tuple(model.get_submodule(name).weight.shape)] * 2 for name in ("0", "2", "4")
+    }
 
 
 def test_weight_only_recipes_are_no_integer_targets(split, quantize):
