@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from splitquant_plugins.errors import ConfigError, InputError
+from splitquant_plugins.solvers.gptq import Factor
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,16 @@ class Rows:
 
     weight: Tensor
     moment: Tensor
+
+    @cached_property
+    def factor(self) -> Factor:
+        """The second moment's factor, for error feedback."""
+        return Factor.of(self.moment)
+
+    @cached_property
+    def weighted(self) -> Tensor:
+        """The weight times the second moment."""
+        return self.weight @ self.moment
 
 
 def prepared_moment(second_moment: Tensor, damping: float) -> Tensor:

@@ -7,10 +7,11 @@ support; each is what a backend stores for one of the k layers. A layer that was
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,13 +19,13 @@ from splitquant_plugins.decoupleq.objective import Rows, problem_errors
 from splitquant_plugins.decoupleq.projected_descent import projected_codes
 from splitquant_plugins.decoupleq.scales_and_zeros import fit_affine
 from splitquant_plugins.decoupleq.solver_grid import Affine, SolverGrid, group_ranges
-from splitquant_plugins.solvers.gptq import AffineLevels, TableLevels, descend, feedback_codes
+from splitquant_plugins.solvers.gptq import Levels, descend, feedback
+from splitquant_plugins.solvers.sums import sums_of_groups
 
 if TYPE_CHECKING:
     from splitquant_plugins.decoupleq.alternation import SolveOptions
 
 _MOST_SUMS = 4096
-_ALL = slice(None)
 
 
 def most_parts(grid: SolverGrid) -> int:
@@ -67,6 +68,10 @@ class Parts:
         self.options = options
         self.weight = torch.cat([rows.weight for rows in problem])
         self.group_of_column = grid.group_of_column(self.weight.shape[1], self.weight.device)
+        # Scales, zeros and sums are tabulated by row, and by group in it.
+        groups = int(self.group_of_column[-1]) + 1
+        first = torch.arange(len(self.weight), device=self.weight.device) * (0 if grid.per_tensor else groups)
+        self._table_of = (self.group_of_column + first[:, None]).to(torch.int32)
         codes = torch.arange(grid.quant_min, grid.quant_max + 1, dtype=torch.float64, device=self.weight.device)
         # [sums, k]: every choice of k codes.
         self.combinations = torch.cartesian_prod(*[codes] * k).reshape(-1, k)
@@ -111,18 +116,17 @@ class Parts:
 
     def nearest(self, affine: Affine) -> State:
         """Rounding to the nearest sums."""
-        return self._chosen(affine, lambda rows, levels, _: levels.nearest(rows.weight.T, _ALL))
+        return self._chosen(affine, lambda rows, levels, _: levels.nearest(rows.weight))
 
     def rounded(self, affine: Affine) -> State:
         """Codes that take H into account."""
 
-        def choose(rows: Rows, levels: _Levels, _: slice) -> Tensor:
-            target = rows.weight.T.contiguous()
-            if self.options.rounding == "projected" and isinstance(levels, AffineLevels):
-                codes = projected_codes(target, rows.moment, levels)
+        def choose(rows: Rows, levels: Levels, _: slice) -> Tensor:
+            if self.options.rounding == "projected" and self.k == 1:
+                places = projected_codes(rows.weight, rows.moment, levels)
             else:
-                codes = feedback_codes(target, rows.moment, levels)
-            return descend(target, rows.moment, codes, levels, self.options.sweeps)
+                places = feedback(rows.weight, rows.factor, levels)
+            return descend(rows.weight, rows.moment, places, levels, self.options.sweeps)
 
         return self._chosen(affine, choose)
 
@@ -132,78 +136,44 @@ class Parts:
 
     def descended(self, state: State, frozen: Tensor) -> State:
         """Coordinate descent from a state; places where the mask `frozen` [out, d] is true keep their codes."""
+        levels, order = self._sums(state.affine)
+        number = torch.zeros_like(state.codes[0])
+        for part in state.codes:
+            number = number * self.grid.number_of_codes + part - self.grid.quant_min
+        # Which place each sum has got.
+        places = order.argsort(dim=1)[levels.table_of.long(), number.long()] if self.k > 1 else number
 
-        def choose(rows: Rows, levels: _Levels, here: slice) -> Tensor:
-            start = levels.places(state.codes[:, here])
-            target = rows.weight.T.contiguous()
-            return descend(target, rows.moment, start, levels, self.options.sweeps, frozen[here].T)
+        def choose(rows: Rows, levels: Levels, here: slice) -> Tensor:
+            return descend(rows.weight, rows.moment, places[here], levels, self.options.sweeps, frozen[here])
 
         return self._chosen(state.affine, choose)
 
-    def _chosen(self, affine: Affine, choose: Callable[[Rows, _Levels, slice], Tensor]) -> State:
-        """The state of the places [d, rows] that `choose` takes among the levels of each chunk of rows."""
-        found = [levels.codes(choose(rows, levels, here)) for rows, levels, here in self._levels(affine)]
-        return self.state(torch.cat(found, dim=1), affine)
-
-    def _levels(self, affine: Affine) -> Iterator[tuple[Rows, _Levels, slice]]:
-        """What a weight may be rounded to, for the rows that see the same inputs."""
-        sums, order = self._table(affine) if self.k > 1 else (self.weight, self.weight)
-        start = 0
+    def _chosen(self, affine: Affine, choose: Callable[[Rows, Levels, slice], Tensor]) -> State:
+        """The state of the places [rows, d] that `choose` takes among the levels of each run of rows."""
+        levels, order = self._sums(affine)
+        found, start = [], 0
         for rows in self.problem:
             here = slice(start, start + len(rows.weight))
-            part = _ALL if self.grid.per_tensor else here
-            if self.k == 1:
-                scale, zero = affine.scale[part], affine.zero[part]
-                own = [each[:, self.group_of_column].T.contiguous() for each in (scale, zero)]
-                yield rows, _Codes(own[0], own[1], self.grid.quant_min, self.grid.quant_max), here
-            else:
-                order_of_rows = order[:, part].expand(-1, len(rows.weight), -1)
-                yield rows, _Sums(sums[:, part], self.group_of_column, order_of_rows, self.combinations), here
+            found.append(choose(rows, replace(levels, table_of=levels.table_of[here]), here))
             start = here.stop
+        places = torch.cat(found)
+        if self.k == 1:
+            return self.state(places[None].double() + self.grid.quant_min, affine)
+        numbers = order[levels.table_of.long(), places.long()]
+        return self.state(self.combinations[numbers].permute(2, 0, 1), affine)
 
-    def _table(self, affine: Affine) -> tuple[Tensor, Tensor]:
-        """All sums, ascending, and the combination of codes of each: [groups, rows or 1, sums]."""
-        scale, zero = (each.reshape(len(each), self.k, -1).permute(2, 0, 1) for each in (affine.scale, affine.zero))
-        sums = scale @ self.combinations.T + zero.sum(dim=2, keepdim=True)
-        ordered = sums.sort(dim=2, stable=True)
-        return ordered.values, ordered.indices
-
-
-class _Codes(AffineLevels):
-    """The levels of one part, whose places are the codes."""
-
-    def places(self, codes: Tensor) -> Tensor:
-        """Places [d, rows] of codes [1, rows, d]."""
-        return codes[0].T
-
-    def codes(self, places: Tensor) -> Tensor:
-        """Codes [1, rows, d] of places [d, rows]."""
-        return places.T[None] + 0.0  # no negative zeros
-
-
-@dataclass(frozen=True)
-class _Sums(TableLevels):
-    """The sums of several parts: `order` [groups, rows, sums] tells which of the `combinations` each sum is of."""
-
-    order: Tensor
-    combinations: Tensor
-
-    def places(self, codes: Tensor) -> Tensor:
-        """Places [d, rows] of codes [k, rows, d]."""
-        lowest, highest = self.combinations[0, 0], self.combinations[-1, 0]
-        index = torch.zeros_like(codes[0])
-        for part in codes:
-            index = index * (highest - lowest + 1) + part - lowest
-        inverse = self.order.argsort(dim=2)
-        return inverse[(*self._groups_and_rows(index), index.long())].T.to(codes)
-
-    def codes(self, places: Tensor) -> Tensor:
-        """Codes [k, rows, d] of places [d, rows]."""
-        chosen = self.order[(*self._groups_and_rows(places.T), places.T.long())]
-        return self.combinations[chosen].permute(2, 0, 1)
-
-    def _groups_and_rows(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return self.group_of_column[None, :], torch.arange(len(like), device=like.device)[:, None]
-
-
-_Levels = _Codes | _Sums
+    def _sums(self, affine: Affine) -> tuple[Levels, Tensor]:
+        """What each weight may be rounded to, and which of the `combinations` each sum [tables, sums] is of."""
+        scale, zero = (
+            each.reshape(len(each), self.k, -1).transpose(1, 2).reshape(-1, self.k)
+            for each in (affine.scale, affine.zero)
+        )
+        if self.k == 1:
+            table = torch.cat([zero + self.grid.quant_min * scale, scale], dim=1)
+            return Levels(table, self._table_of, self.grid.number_of_codes), table
+        sums = np.empty((len(scale), len(self.combinations)))
+        order = np.empty(sums.shape, np.int64)
+        codes = np.arange(self.grid.quant_min, self.grid.quant_max + 1.0)
+        sums_of_groups(codes, scale.cpu().contiguous().numpy(), zero.cpu().contiguous().numpy(), sums, order)
+        device = scale.device
+        return Levels(torch.from_numpy(sums).to(device), self._table_of), torch.from_numpy(order).to(device)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from splitquant_plugins.compiled import compiled
 from splitquant_plugins.decoupleq.parts import Parts, State
+from splitquant_plugins.parallel import in_threads
+from splitquant_plugins.solvers.sums import cheapest_with, digits_of_others, sums_of_others
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
 
 _ROUNDS = 3
+_THREADS_FROM = 64  # rows
 
 
 def with_range_ends(parts: Parts, state: State) -> State:
@@ -34,105 +46,111 @@ def _zero_points(parts: Parts, state: State) -> Tensor:
 
 def _pinned(parts: Parts, state: State) -> tuple[State, Tensor]:
     """The state with all ends in place, and the mask [out, d] of one place for each."""
-    pins = _Pins(parts, state)
+    grid, device = parts.grid, state.codes.device
+    chunks = torch.split(torch.stack(parts.values(state.codes, state.affine)).sum(dim=0), len(parts.problem[0].weight))
+    error = torch.cat([now - rows.weight for now, rows in zip(chunks, parts.problem, strict=True)])
+    each = zip(torch.split(error, len(parts.problem[0].weight)), parts.problem, strict=True)
+    gradient = torch.cat([off @ rows.moment for off, rows in each]).cpu().contiguous().numpy()
+    moments = torch.stack([rows.moment for rows in parts.problem]).cpu().contiguous().numpy()
+    values = torch.cat(chunks).cpu().contiguous().numpy()
+    codes = state.codes.cpu().clone().contiguous().numpy()
+    frozen = np.zeros(values.shape, np.bool_)
+    affine = [each.cpu().contiguous().numpy() for each in (state.affine.scale, state.affine.zero)]
     points = _zero_points(parts, state)
-    count = points.shape[1] // parts.k
-    for group in range(count):
-        columns = (parts.group_of_column == group).nonzero().flatten()
-        for part in range(parts.k):
-            point = points[:, part * count + group].expand(len(pins.frozen))
-            codes = pins.codes[part][:, columns]
-            # A group of nothing but zeros is a group of zeros to the backend too.
-            zeros = (codes == point[:, None]).all(dim=1)
-            for end in parts.grid.range_ends:
-                needed = parts.grid.needs_end(end, point) & ~zeros
-                if parts.grid.per_tensor:
-                    needed = needed.any().expand_as(needed) if bool((~zeros).any()) else torch.zeros_like(needed)
-                pins.place(part, columns, end, needed)
-    return parts.state(pins.codes, state.affine), pins.frozen
+    # [ends, shared rows, k * groups]: an end that stands for 0 is in every range.
+    needed = torch.stack([grid.needs_end(end, points) for end in grid.range_ends]).cpu().contiguous().numpy()
+    width = max(map(len, grid.range_ends))
+    ends = np.array([end + end[-1:] * (width - len(end)) for end in grid.range_ends], np.float64)
+    every = np.arange(grid.quant_min, grid.quant_max + 1.0)
+    columns = parts.group_of_column.cpu().numpy()
+    known = moments, columns, every, *affine, points.cpu().contiguous().numpy(), ends, needed
+    number = len(values)
+    step = number if grid.per_tensor else max(1, number // _THREADS_FROM)
+    runs = [slice(at, min(at + step, number)) for at in range(0, number, step)]
+    in_threads(
+        lambda rows: _force_ends(rows.start, rows.stop, grid.per_tensor, *known, codes, values, gradient, frozen), runs
+    )
+    return parts.state(torch.from_numpy(codes).to(device), state.affine), torch.from_numpy(frozen).to(device)
 
 
-class _Pins:
-    """Codes [k, out, d] that are being changed, with the gradient of the error kept up to date."""
+@compiled
+def _force_ends(
+    first: int,
+    last: int,
+    shared: bool,
+    moments: Array,
+    group_of_column: Array,
+    every: Array,
+    scale: Array,
+    zero: Array,
+    points: Array,
+    ends: Array,
+    needed: Array,
+    codes: Array,
+    values: Array,
+    gradient: Array,
+    frozen: Array,
+) -> None:
+    """Let each group of the rows hold its ends, in place: groups of a row, or with `shared` of all rows together.
 
-    def __init__(self, parts: Parts, state: State) -> None:
-        self.parts = parts
-        self.affine = state.affine
-        self.codes = state.codes.clone()
-        self.frozen = torch.zeros(self.codes.shape[1:], dtype=torch.bool, device=self.codes.device)
-        self.values = self._values(self.codes)
-        error = self.values - parts.weight
-        chunks = torch.split(error, [len(rows.weight) for rows in parts.problem])
-        self.gradient = torch.cat([part @ rows.moment for part, rows in zip(chunks, parts.problem, strict=True)])
-        self.diagonal = torch.cat(
-            [rows.moment.diagonal().expand(len(rows.weight), -1) for rows in parts.problem]
-        )  # [out, d]
-
-    def place(self, part: int, columns: Tensor, end: tuple[int, ...], needed: Tensor) -> None:
-        """Freeze one code out of `end` in these columns of each row (of the tensor) where it is needed."""
-        allowed = torch.tensor(end, dtype=self.codes.dtype, device=self.codes.device)
-        present = torch.isin(self.codes[part][:, columns], allowed) & needed[:, None]
-        if self.parts.grid.per_tensor:
-            if bool(present.any()):
-                row, first = divmod(int(present.flatten().byte().argmax()), len(columns))
-                self.frozen[row, columns[first]] = True
-            elif bool(needed.any()):
-                rows = torch.arange(len(needed), device=needed.device)
-                costs, combos = self._costs(part, rows, columns, allowed)
-                row, best = divmod(int(costs.argmin()), len(columns))
-                if bool(torch.isfinite(costs[row, best])):
-                    self._set(rows[row : row + 1], columns[best : best + 1], combos[row : row + 1, best])
-            return
-        has = present.any(dim=1)
-        rows = has.nonzero().flatten()
-        self.frozen[rows, columns[present[rows].byte().argmax(dim=1)]] = True
-        rows = (needed & ~has).nonzero().flatten()
-        if len(rows):
-            costs, combos = self._costs(part, rows, columns, allowed)
-            cheapest, place = costs.min(dim=1)
-            fits = torch.isfinite(cheapest)
-            chosen = combos.gather(1, place[:, None])[:, 0]
-            self._set(rows[fits], columns[place[fits]], chosen[fits])
-
-    def _costs(self, part: int, rows: Tensor, columns: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-        """What it costs [rows, columns] to have an allowed code there, and with which combination of all codes."""
-        combinations = self.parts.combinations
-        usable = torch.isin(combinations[:, part], allowed).nonzero().flatten()
-        group = int(self.parts.group_of_column[columns[0]])
-        scale, zero = self._of_group(group, rows)
-        sums, order = (scale @ combinations[usable].T + zero.sum(dim=1, keepdim=True)).sort(dim=1)
-        place = (rows[:, None], columns[None, :])
-        diagonal, gradient, now = self.diagonal[place], self.gradient[place], self.values[place]
-        middles = ((sums[:, 1:] + sums[:, :-1]) / 2).contiguous()
-        found = torch.searchsorted(middles, (now - gradient / diagonal).contiguous())
-        step = sums.gather(1, found) - now
-        costs = 2 * step * gradient + step.square() * diagonal
-        return costs.masked_fill(self.frozen[place], torch.inf), usable[order.gather(1, found)]
-
-    def _of_group(self, group: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales and zeros of the parts in a group, each [rows, k]."""
-        index = torch.zeros_like(rows) if len(self.affine.scale) == 1 else rows
-        shape = (len(rows), self.parts.k, -1)
-        return tuple(each[index].reshape(shape)[:, :, group] for each in (self.affine.scale, self.affine.zero))  # type: ignore[return-value]
-
-    def _set(self, rows: Tensor, columns: Tensor, combos: Tensor) -> None:
-        """Set one place of each of these rows to a combination of codes, and freeze it."""
-        self.codes[:, rows, columns] = self.parts.combinations[combos].T
-        self.frozen[rows, columns] = True
-        after = self._values(self.codes[:, rows], rows)[torch.arange(len(rows), device=rows.device), columns]
-        step = after - self.values[rows, columns]
-        self.values[rows, columns] = after
-        start = 0
-        for chunk in self.parts.problem:
-            inside = (rows >= start) & (rows < start + len(chunk.weight))
-            self.gradient[rows[inside]] += step[inside, None] * chunk.moment[columns[inside]]
-            start += len(chunk.weight)
-
-    def _values(self, codes: Tensor, rows: Tensor | None = None) -> Tensor:
-        total = torch.zeros_like(codes[0])
-        for part in range(self.parts.k):
-            affine = self.parts.affine_of(self.affine, part)
-            if rows is not None and len(affine.scale) > 1:
-                affine = type(affine)(affine.scale[rows], affine.zero[rows])
-            total += affine.values(codes[part], self.parts.group_of_column)
-        return total
+    `moments` [n, d, d] belong to even runs of rows; `every` [c] are the codes; `ends` [ends, m], of which one code has
+    to occur where `needed` [ends, rows, k * groups]; `gradient` [rows, d] is the error times H.
+    """
+    k, number = len(codes), scale.shape[1] // len(codes)
+    rows_per_moment = len(values) // len(moments)
+    table = np.empty((3, k, len(every)))
+    table[1], table[2] = -np.inf, np.inf  # any sum may stand for a weight
+    digits = np.empty(k, np.int64)
+    for top in range(first, last, last - first if shared else 1):
+        bottom = last if shared else top + 1
+        line = 0 if shared else top
+        for group in range(number):
+            columns = np.nonzero(group_of_column == group)[0]
+            for j in range(k):
+                for c in range(len(every)):
+                    table[0, j, c] = scale[line, j * number + group] * every[c] + zero[line, j * number + group]
+            for part in range(k):
+                at = part * number + group
+                zeros = True  # a group of nothing but zeros is a group of zeros to the backend too
+                for row in range(top, bottom):
+                    for column in columns:
+                        zeros &= codes[part, row, column] == points[line, at]
+                if zeros:
+                    continue
+                others = sums_of_others(table, part)
+                for e in range(len(ends)):
+                    if not needed[e, line, at]:
+                        continue
+                    held = False
+                    for row in range(top, bottom):
+                        for column in columns:
+                            if not held and (ends[e] == codes[part, row, column]).any():
+                                frozen[row, column] = held = True
+                    if held:
+                        continue
+                    best, where_row, where_column, which, code = np.inf, -1, -1, -1, 0.0
+                    for row in range(top, bottom):
+                        moment = moments[row // rows_per_moment]
+                        for column in columns:
+                            if frozen[row, column]:
+                                continue
+                            slope, curve = gradient[row, column], moment[column, column]
+                            for end in ends[e]:
+                                level = scale[line, at] * end + zero[line, at]
+                                now = values[row, column]
+                                cost, combination = cheapest_with(0.0, level, others, 0.0, now, slope, curve)
+                                if cost < best:
+                                    best, where_row, where_column = cost, row, int(column)
+                                    which, code = combination, end
+                    if where_row < 0:
+                        continue
+                    digits_of_others(which, part, len(every), digits)
+                    for j in range(k):
+                        codes[j, where_row, where_column] = every[digits[j]] if j != part else code
+                    after = scale[line, at] * code + zero[line, at] + others[0, which]
+                    change = after - values[where_row, where_column]
+                    values[where_row, where_column] = after
+                    frozen[where_row, where_column] = True
+                    moment = moments[where_row // rows_per_moment]
+                    for i in range(values.shape[1]):
+                        gradient[where_row, i] += change * moment[where_column, i]

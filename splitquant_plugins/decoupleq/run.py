@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from splitquant_plugins.decoupleq.asymmetric_calibration import asymmetric_target, iter_paired_moments
+from splitquant_plugins.decoupleq.asymmetric_calibration import FloatInputs, asymmetric_target, iter_paired_moments
 from splitquant_plugins.decoupleq.block_tuning import BlockChain, block_objective, follows, other_parameters
-from splitquant_plugins.decoupleq.capture import BlockInputs, Call, block_outputs, capture_inputs
+from splitquant_plugins.decoupleq.capture import BlockInputs, block_outputs, capture_inputs
 from splitquant_plugins.decoupleq.config import DecoupleQConfig
 from splitquant_plugins.decoupleq.examples import Example, examples_of, held_out_of
 from splitquant_plugins.decoupleq.layer_order import Stage, stages_of
@@ -127,11 +127,15 @@ class Run:
             if self.config.sequential and self.config.asymmetric_calibration:
                 before = capture_inputs(self.model, block, batches)
             targets = block_outputs(block, before or inputs.calls) if tunes else []
+        wanted = None
+        if before is not None:
+            modules = {name: self.layers[name].modules[0] for name in stage.layers}
+            wanted = FloatInputs(block, before, self._float_values, modules, self.calibration_bytes)
         solutions: dict[str, SolvedWeight] = {}
         floats: dict[str, list[Tensor]] = {}
         options = self.config.solve_options()
         for group in stage.groups:
-            for name, moment, cross in self._moments(group, inputs, before):
+            for name, moment, cross in self._moments(group, inputs, wanted):
                 layer = self.layers[name]
                 started = time.perf_counter()
                 if not moment.samples:
@@ -167,13 +171,13 @@ class Run:
         return {**floats, **{name: solution.floats for name, solution in solutions.items()}}, trained
 
     def _moments(
-        self, group: Sequence[str], inputs: BlockInputs, before: Sequence[Call] | None
+        self, group: Sequence[str], inputs: BlockInputs, before: FloatInputs | None
     ) -> Iterator[tuple[str, SecondMoment, Tensor | None]]:
         """Second moments of layers, and where there are the float model's inputs too, those across the two."""
         modules = {name: self.layers[name].modules[0] for name in group}
         limit = self.calibration_bytes
         if before is not None:
-            yield from iter_paired_moments(inputs, before, self._float_values, modules, limit)
+            yield from iter_paired_moments(inputs, before, modules, limit)
             return
         found = iter_second_moments(inputs, inputs.batches, modules, max_bytes=limit)
         while True:

@@ -65,7 +65,6 @@ class _Sums:
         count = int(group_of_column[-1]) + 1
         indicator = torch.nn.functional.one_hot(group_of_column, count).to(moment)  # [d, groups]
         e_moment = indicator.T @ moment  # [groups, d]
-        weighted = rows.weight @ moment
         qq = moment.new_empty(number, parts, count, parts, count)
         qe = moment.new_empty(number, parts, count, parts, count)
         for group in range(count):
@@ -79,8 +78,8 @@ class _Sums:
             qq=qq.reshape(number, groups, groups),
             qe=qe.reshape(number, groups, groups),
             ee=(e_moment @ indicator).repeat(parts, parts).expand(number, groups, groups),
-            wq=torch.cat([(weighted * part) @ indicator for part in codes], dim=1),
-            we=(weighted @ indicator).repeat(1, parts),
+            wq=torch.cat([(rows.weighted * part) @ indicator for part in codes], dim=1),
+            we=(rows.weighted @ indicator).repeat(1, parts),
         )
 
 

@@ -1,168 +1,242 @@
-"""Codes for given levels: GPTQ's error feedback and coordinate descent, over any levels.
+"""Codes for given levels: GPTQ's error feedback and coordinate descent, over any levels, in compiled loops.
 
-Everything here is laid out [d, rows], one line per input column, because columns are taken one at a time.
-`moment` is the second moment H [d, d] of the layer's inputs (GPTQ calls it the Hessian), positive definite; rows are
-independent of each other.
+Weights are [rows, d], and rows are independent of each other. `moment` is the second moment H [d, d] of the layer's
+inputs (GPTQ calls it the Hessian), positive definite. Everything is float64, and the same for any number of threads.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_BLOCK = 64
+from splitquant_plugins.compiled import compiled
+from splitquant_plugins.parallel import CHUNK, in_threads
+from splitquant_plugins.solvers.sums import nearest_level
 
-Where = slice | int | Tensor
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
+    from numpy.typing import NDArray
 
-class Levels(Protocol):
-    """The values that a code may stand for, per column (and row)."""
+    Array = NDArray[Any]
 
-    def nearest(self, target: Tensor, where: Where) -> Tensor:
-        """Codes of the levels nearest to `target`, [rows] for one column or [columns, rows] for several."""
-
-    def values(self, codes: Tensor, where: Where) -> Tensor:
-        """The levels of codes, shaped as `nearest`."""
-
-
-@dataclass(frozen=True)
-class AffineLevels:
-    """scale * code + zero; `scale` and `zero` are [d, rows] or [d, 1]."""
-
-    scale: Tensor
-    zero: Tensor
-    quant_min: int
-    quant_max: int
-
-    def nearest(self, target: Tensor, where: Where) -> Tensor:
-        """Round to nearest, clamped to `quant_min` and `quant_max`; float64."""
-        return torch.round((target - self.zero[where]) / self.scale[where]).clamp(self.quant_min, self.quant_max)
-
-    def values(self, codes: Tensor, where: Where) -> Tensor:
-        """The levels of codes."""
-        return codes * self.scale[where] + self.zero[where]
+# Columns whose errors are fed back one by one; those of a block before come in one matrix product.
+_BLOCK = 128
+# Rows that share a pass over H while it is in the cache.
+_ROWS = 8
 
 
 @dataclass(frozen=True)
-class TableLevels:
-    """Any levels: `table` [groups, rows or 1, levels] in ascending order; a code is a place in it.
+class Levels:
+    """The values that weights may be rounded to; a place is the number of a value among them.
 
-    `group_of_column`: [d], which group of the table holds for a column.
+    `table` [tables, L]: ascending levels; or, of `even` levels that are evenly spaced, [tables, 2]: the lowest and the
+    step. `table_of` [rows, d], int32: whose levels a weight has. `low`, `high` [tables, L], where given: the least
+    and the greatest weight that a level can stand for; others are not taken.
     """
 
     table: Tensor
-    group_of_column: Tensor
+    table_of: Tensor
+    even: int = 0
+    low: Tensor | None = None
+    high: Tensor | None = None
 
-    def nearest(self, target: Tensor, where: Where) -> Tensor:
-        """Places of the nearest levels; float64."""
-        if isinstance(where, int):
-            table = self.table[self.group_of_column[where]]
-            middles = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
-            middles = middles[0] if len(middles) == 1 else middles
-            found = torch.searchsorted(middles, target[:, None].contiguous() if middles.ndim > 1 else target)
-            return found.reshape(target.shape).to(target)
-        groups = self.group_of_column[where]
-        codes = torch.empty_like(target)
-        for group in torch.unique(groups).tolist():
-            inside = groups == group
-            table = self.table[group]
-            middles = ((table[:, 1:] + table[:, :-1]) / 2).contiguous()
-            wanted = target[inside].T.contiguous()
-            found = torch.searchsorted(middles[0] if len(middles) == 1 else middles, wanted)
-            codes[inside] = found.T.to(target)
-        return codes
+    def columns(self, index: Tensor) -> Levels:
+        """The levels of some columns."""
+        return replace(self, table_of=self.table_of[:, index].contiguous())
 
-    def values(self, codes: Tensor, where: Where) -> Tensor:
-        """The levels at these places."""
-        groups = self.group_of_column[where]
-        if isinstance(where, int):
-            table = self.table[groups].expand(len(codes), -1)
-            return table.gather(1, codes[:, None].long())[:, 0]
-        values = torch.empty_like(codes)
-        for group in torch.unique(groups).tolist():
-            inside = groups == group
-            places = codes[inside].T.long()
-            values[inside] = self.table[group].expand(len(places), -1).gather(1, places).T
-        return values
+    def values(self, places: Tensor) -> Tensor:
+        """The levels at places [rows, d]."""
+        index = self.table_of.long()
+        if self.even:
+            return self.table[:, 0][index] + places * self.table[:, 1][index]
+        return self.table[index, places.long()]
+
+    def nearest(self, weights: Tensor) -> Tensor:
+        """Places of the levels nearest to weights [rows, d], among those that can stand for them; int32."""
+        target = _float64(weights)
+        places = np.empty(target.shape, np.int32)
+        _over_rows(_find_nearest, (target, places), (*self.arrays(), self.even))
+        return torch.from_numpy(places).to(weights.device)
+
+    def arrays(self) -> tuple[Array, Array, Array, Array]:
+        """The table, whose levels a weight has, `low` and `high`, for the compiled loops."""
+        none = torch.empty(0, 0)
+        index = self.table_of.to(torch.int32).cpu().contiguous().numpy()
+        low, high = (none if each is None else each for each in (self.low, self.high))
+        return _float64(self.table), index, _float64(low), _float64(high)
 
 
-def feedback_codes(target: Tensor, moment: Tensor, levels: Levels, *, activation_order: bool = True) -> Tensor:
-    """Round `target` column by column, each error being made up for by the columns still to come.
+@dataclass(frozen=True)
+class Factor:
+    """H = U D Uᵀ with its columns in an order [d]; `upper` is U [d, d], unit upper triangular."""
 
-    This is GPTQ (arXiv 2210.17323), in activation order (largest diagonal of H first) or in that of the columns.
-    Instead of a Cholesky factor of the inverse of H it uses H = U D Uᵀ with U unit upper triangular, which gives
-    the same codes without an inverse: e H eᵀ = sum_j D_j (e_j + sum_{i<j} e_i U_ij)², so that column j aims at
-    making e_j = -sum_{i<j} e_i U_ij.
+    order: Tensor
+    upper: Tensor
+
+    @classmethod
+    def of(cls, moment: Tensor, *, activation_order: bool = True) -> Factor:
+        """Take columns in activation order (largest diagonal of H first), or as they are."""
+        moment = moment.double().cpu()
+        order = torch.arange(len(moment))
+        if activation_order:
+            order = torch.argsort(moment.diagonal(), descending=True, stable=True)
+        upper = torch.linalg.cholesky(moment[order][:, order].flip(0, 1)).flip(0, 1)
+        return cls(order, (upper / upper.diagonal()).contiguous())
+
+
+def feedback(weights: Tensor, factor: Factor, levels: Levels) -> Tensor:
+    """Places [rows, d] of `weights` rounded column by column, each error being made up for by the columns to come.
+
+    This is GPTQ (arXiv 2210.17323), with a factor of H instead of one of its inverse, which gives the same codes:
+    e H eᵀ = sum_j D_j (e_j + sum_{i<j} e_i U_ij)², so that column j aims at making e_j = -sum_{i<j} e_i U_ij.
     """
-    order = torch.arange(len(moment), device=moment.device)
-    if activation_order:
-        order = torch.argsort(moment.diagonal(), descending=True, stable=True)
-    lower = _unit_upper_factor(moment[order][:, order].double()).T.to(target.dtype).contiguous()
-    columns = order.tolist()
-    codes = torch.empty_like(target)
-    # In that order; the codes are not.
-    error = torch.zeros_like(target)
-    for start in range(0, len(columns), _BLOCK):
-        stop = min(start + _BLOCK, len(columns))
-        aims = target[order[start:stop]] - lower[start:stop, :start] @ error[:start]
-        for place in range(start, stop):
-            column = columns[place]
-            aim = aims[place - start] - lower[place, start:place] @ error[start:place]
-            codes[column] = levels.nearest(aim, column)
-            error[place] = levels.values(codes[column], column) - target[column]
-    return codes
-
-
-def _unit_upper_factor(moment: Tensor) -> Tensor:
-    """U of H = U D Uᵀ, with ones on its diagonal; H must be positive definite."""
-    upper = torch.linalg.cholesky(moment.flip(0, 1)).flip(0, 1)
-    return upper / upper.diagonal()
+    target, lists = _float64(weights), levels.arrays()
+    ordered, upper = torch.from_numpy(target)[:, factor.order], factor.upper
+    places, columns, known = np.empty(target.shape, np.int32), factor.order.numpy(), upper.numpy()
+    error = torch.zeros(target.shape, dtype=torch.float64)
+    for start in range(0, len(upper), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        aims = torch.addmm(ordered[:, block], error[:, :start], upper[:start, block], alpha=-1)
+        given = columns[block], known[block, block], *lists, levels.even
+        _over_rows(_feed_back, (aims.numpy(), target, places, error.numpy()[:, block]), given)
+    return torch.from_numpy(places).to(weights.device)
 
 
 def descend(
-    target: Tensor,
-    moment: Tensor,
-    codes: Tensor,
-    levels: Levels,
-    sweeps: int,
-    frozen: Tensor | None = None,
-    *,
-    every_column: bool = False,
+    weights: Tensor, moment: Tensor, places: Tensor, levels: Levels, sweeps: int, frozen: Tensor | None = None
 ) -> Tensor:
-    """Coordinate descent: set each code in turn to the best one given all others; never worse.
+    """Coordinate descent: set each place [rows, d] in turn to the best one given all others; never worse.
 
-    Codes where the mask `frozen` [d, rows] is true stay. Ends early when a sweep changes nothing. Columns that only a
-    change in their own block of columns makes worth changing wait for the next sweep, or with `every_column` do not.
+    Places where the mask `frozen` [rows, d] is true stay. Ends early when a sweep changes nothing.
     Beyond the paper: it repairs what one pass of rounding in a fixed order cannot see.
     """
-    everywhere = slice(None)
-    codes = codes.clone()
-    diagonal = moment.diagonal()[:, None]
-    error = levels.values(codes, everywhere) - target
-    for _ in range(sweeps):
-        changed = False
-        for start in range(0, len(target), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            gradient = moment[block] @ error
-            candidates = list(range(len(gradient)))
-            if not every_column:
-                best = target[block] + error[block] - gradient / diagonal[block]
-                changes = levels.nearest(best, block) != codes[block]
-                if frozen is not None:
-                    changes &= ~frozen[block]
-                candidates = changes.any(dim=1).nonzero().flatten().tolist()
-            for inside in candidates:
-                column = start + inside
-                best_of_column = target[column] + error[column] - gradient[inside] / diagonal[column]
-                chosen = levels.nearest(best_of_column, column)
-                codes[column] = chosen if frozen is None else torch.where(frozen[column], codes[column], chosen)
-                step = levels.values(codes[column], column) - target[column] - error[column]
-                error[column] += step
-                gradient += moment[block, column, None] * step
-            changed = changed or bool(candidates)
-        if not changed:
-            break
-    return codes
+    target, lists = _float64(weights), levels.arrays()
+    error = (levels.values(places).cpu() - torch.from_numpy(target)).contiguous()
+    gradient = (error @ moment.double().cpu()).numpy()
+    found = places.to(torch.int32, copy=True).cpu().contiguous().numpy()
+    fixed = np.zeros(target.shape, np.bool_) if frozen is None else frozen.cpu().contiguous().numpy()
+    given = _float64(moment), *lists, levels.even, sweeps
+    _over_rows(_descend, (gradient, error.numpy(), fixed, target, found), given)
+    return torch.from_numpy(found).to(places.device)
+
+
+def _over_rows(loop: Callable[..., None], arrays: Sequence[Array], given: Sequence[Any]) -> None:
+    """Run a compiled loop on runs of rows of the arrays, in threads where these are long."""
+    number, width = arrays[0].shape
+    step = max(_ROWS, CHUNK // max(width, 1))
+    runs = [slice(at, min(at + step, number)) for at in range(0, number, step)]
+    in_threads(lambda rows: loop(rows.start, *(each[rows] for each in arrays), *given), runs)
+
+
+def _float64(values: Tensor) -> Array:
+    array: Array = values.detach().cpu().double().contiguous().numpy()
+    return array
+
+
+@compiled
+def _place(aim: float, weight: float, t: int, table: Array, low: Array, high: Array, even: int) -> int:
+    """The level nearest to `aim` of those in line t of the table that can stand for the weight."""
+    line = table[t]
+    if even > 0:
+        near = np.rint((aim - line[0]) / line[1])
+        return int(min(near, even - 1.0)) if near > 0 else 0  # no number is not above 0
+    place = nearest_level(aim, line)
+    if len(low) == 0 or low[t, place] <= weight <= high[t, place]:
+        return place
+    left, right = place - 1, place + 1
+    while left >= 0 or right < len(line):
+        if right == len(line) or (left >= 0 and aim - line[left] <= line[right] - aim):
+            at = left
+            left -= 1
+        else:
+            at = right
+            right += 1
+        if low[t, at] <= weight <= high[t, at]:
+            return at
+    return place
+
+
+@compiled
+def _level(place: int, t: int, table: Array, even: int) -> float:
+    return table[t, 0] + place * table[t, 1] if even > 0 else table[t, place]
+
+
+@compiled
+def _find_nearest(
+    first: int, target: Array, places: Array, table: Array, table_of: Array, low: Array, high: Array, even: int
+) -> None:
+    for r in range(len(target)):
+        for i in range(target.shape[1]):
+            places[r, i] = _place(target[r, i], target[r, i], table_of[first + r, i], table, low, high, even)
+
+
+@compiled
+def _feed_back(
+    first: int,
+    aims: Array,
+    target: Array,
+    places: Array,
+    error: Array,
+    columns: Array,
+    factor: Array,
+    table: Array,
+    table_of: Array,
+    low: Array,
+    high: Array,
+    even: int,
+) -> None:
+    """Places and errors of a block of `columns` [b] that should become `aims` [rows, b], which are used up."""
+    for r in range(len(aims)):
+        aim = aims[r]
+        for i in range(len(columns)):
+            weight, t = target[r, columns[i]], table_of[first + r, columns[i]]
+            place = _place(aim[i], weight, t, table, low, high, even)
+            off = _level(place, t, table, even) - weight
+            places[r, columns[i]] = place
+            error[r, i] = off
+            for j in range(i + 1, len(columns)):
+                aim[j] -= off * factor[i, j]
+
+
+@compiled
+def _descend(
+    first: int,
+    gradient: Array,
+    error: Array,
+    frozen: Array,
+    target: Array,
+    places: Array,
+    moment: Array,
+    table: Array,
+    table_of: Array,
+    low: Array,
+    high: Array,
+    even: int,
+    sweeps: int,
+) -> None:
+    """Change places, and with them `error` [rows, d] and `gradient` = error H, until no single change helps."""
+    for start in range(0, len(target), _ROWS):
+        for _ in range(sweeps):
+            changed = False
+            for i in range(target.shape[1]):
+                for r in range(start, min(start + _ROWS, len(target))):
+                    if frozen[r, i]:
+                        continue
+                    weight, t = target[r, i], table_of[first + r, i]
+                    aim = weight + error[r, i] - gradient[r, i] / moment[i, i]
+                    place = _place(aim, weight, t, table, low, high, even)
+                    if place == places[r, i]:
+                        continue
+                    step = _level(place, t, table, even) - weight - error[r, i]
+                    places[r, i] = place
+                    error[r, i] += step
+                    changed = True
+                    for j in range(target.shape[1]):
+                        gradient[r, j] += step * moment[i, j]
+            if not changed:
+                break

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from splitquant_plugins.parallel import CHUNK, in_threads
+from splitquant_plugins.solvers.gptq import Levels
 from splitquant_plugins.splitters._few_bits import scale_bits, scales_of_few_bits
 from splitquant_plugins.splitters._power_of_two import round_scales
 from splitquant_plugins.splitters._search import rank_starts, search_groups
@@ -24,11 +25,10 @@ from splitquant_plugins.splitters._sum_parts import (
     FLOAT32,
     FLOAT64,
     force_pins,
-    nearest_groups,
+    levels_of_groups,
     pins_of,
     realise_groups,
     realise_span,
-    sums_of_groups,
     tabulate,
 )
 
@@ -376,31 +376,13 @@ def _realise_long(group: Tensor, rules: Rules, book: Codebooks, choice: Tensor |
                 part[place] = value
 
 
-@dataclass(frozen=True)
-class Levels:
-    """Every sum of a codebook, for some groups: `value` [groups, L], ascending.
-
-    `low`, `high` [groups, L]: the least and the greatest weight that the sum can stand for.
-    """
-
-    value: Tensor
-    low: Tensor
-    high: Tensor
-
-
-def levels(rules: Rules, books: Codebooks) -> Levels:
-    """The sums of codebooks; all 0 for a group of zeros."""
+def levels(rules: Rules, books: Codebooks, n: int) -> Levels:
+    """Every sum of codebooks, all 0 for a group of zeros, for groups [groups, n]."""
     number = (len(books.scale), rules.width ** books.scale.shape[1])
     value, low, high = np.empty(number), np.empty(number), np.empty(number)
-    sums_of_groups(rules.codes, rules.spans, books.shape, books.scale, value, low, high)
-    return Levels(torch.from_numpy(value), torch.from_numpy(low), torch.from_numpy(high))
-
-
-def nearest(groups: Tensor, sums: Levels) -> Tensor:
-    """Index of the nearest sum of each weight, [groups, n]."""
-    out = np.empty(groups.shape, np.int64)
-    nearest_groups(_values(groups), sums.value.numpy(), out)
-    return torch.from_numpy(out)
+    levels_of_groups(rules.codes, rules.spans, books.shape, books.scale, value, low, high)
+    table_of = torch.arange(number[0], dtype=torch.int32)[:, None].expand(-1, n)
+    return Levels(torch.from_numpy(value), table_of, low=torch.from_numpy(low), high=torch.from_numpy(high))
 
 
 def joint_parts(tensor: Tensor, grid: Grid, found: Sequence[Shape], k: int) -> list[Tensor]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from splitquant_plugins.compiled import compiled
+from splitquant_plugins.solvers.sums import cheapest_with, digit_of, digits_of_others, ordered_sums, sums_of_others
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -134,17 +135,11 @@ def tabulate(codes: Array, spans: Array, shape: Array, scale: Array) -> tuple[Ar
             table[0, j, c] = codes[shape[j], c] * scale[j]
             table[1, j, c] = spans[0, shape[j], c] * scale[j]
             table[2, j, c] = spans[1, shape[j], c] * scale[j]
-    sums, digits = np.empty(number), np.empty((number, k), np.int64)
+    sums, order, digits = np.empty(number), np.empty(number, np.int64), np.empty((number, k), np.int64)
+    ordered_sums(table[0], sums, order)
     for s in range(number):
-        rest, total = s, 0.0
-        for j in range(k - 1, -1, -1):
-            digits[s, j] = rest % width
-            rest //= width
         for j in range(k):
-            total += table[0, j, digits[s, j]]
-        sums[s] = total
-    order = np.argsort(sums, kind="mergesort")
-    sums, digits = sums[order], digits[order]
+            digits[s, j] = digit_of(order[s], j, k, width)
     middles = np.empty(number)
     for s in range(number - 1):
         middles[s] = 0.5 * sums[s] + 0.5 * sums[s + 1]
@@ -330,9 +325,8 @@ def force_pins(
     k, most_pins, width = pins.shape[0], pins.shape[1], table.shape[2]
     places = np.empty(0, np.int64)
     digit, part = np.zeros(k, np.int64), np.empty(k)
-    number, changes = width ** (k - 1), 0
+    changes = 0
     index, changed = np.empty(_ATTEMPTS * k * most_pins, np.int64), np.empty((k, _ATTEMPTS * k * most_pins))
-    levels, least, greatest = np.empty(number), np.empty(number), np.empty(number)
     for attempt in range(_ATTEMPTS):
         for j in range(k):
             for p in range(most_pins):
@@ -341,16 +335,7 @@ def force_pins(
                     continue
                 if len(places) == 0:
                     places = _candidates(values)
-                for combo in range(number):
-                    rest = combo
-                    levels[combo] = least[combo] = greatest[combo] = 0.0
-                    for other in range(k - 1, -1, -1):
-                        if other != j:
-                            c = rest % width
-                            rest //= width
-                            levels[combo] += table[0, other, c]
-                            least[combo] += table[1, other, c]
-                            greatest[combo] += table[2, other, c]
+                others = sums_of_others(table, j)
                 where, which = -1, 0
                 # In the last attempt a pin stays where it is; before, one that fits nowhere else may push it out.
                 for push in range(1 if attempt == _ATTEMPTS - 1 else 2):
@@ -359,13 +344,10 @@ def force_pins(
                         if (held == i).any() != (push == 1):
                             continue
                         weight = np.float64(values[i])
-                        near = np.searchsorted(middles, weight)
-                        now = (weight - sums[near]) * (weight - sums[near])
-                        for combo in range(number):
-                            if least[combo] <= weight - value <= greatest[combo]:
-                                error = weight - level - levels[combo]
-                                if error * error - now < best:
-                                    best, where, which = error * error - now, int(i), combo
+                        now = sums[np.searchsorted(middles, weight)]
+                        cost, combination = cheapest_with(value, level, others, weight, now, now - weight, 1.0)
+                        if cost < best:
+                            best, where, which = cost, int(i), combination
                     if where >= 0:
                         break
                 if where < 0:
@@ -374,10 +356,7 @@ def force_pins(
                     for q in range(most_pins):
                         if held[other, q] == where:
                             held[other, q] = -1
-                for other in range(k - 1, -1, -1):
-                    if other != j:
-                        digit[other] = which % width
-                        which //= width
+                digits_of_others(which, j, width, digit)
                 part[j] = value
                 spread(np.float64(values[where]) - value, digit, table, j, part)
                 complete_one(np.float64(values[where]), part, kind)
@@ -431,7 +410,7 @@ def realise_groups(
 
 
 @compiled
-def sums_of_groups(
+def levels_of_groups(
     codes: Array, spans: Array, shapes: Array, scales: Array, value: Array, low: Array, high: Array
 ) -> None:
     """All sums of codebooks [groups, k], ascending, and what each can stand for: value, low, high [groups, L]."""
@@ -444,17 +423,3 @@ def sums_of_groups(
             for j in range(scales.shape[1]):
                 low[group, s] += table[1, j, digits[s, j]]
                 high[group, s] += table[2, j, digits[s, j]]
-
-
-@compiled
-def nearest_groups(values: Array, sums: Array, out: Array) -> None:
-    """Places [groups, n] of the sums [groups, L] nearest to `values` [groups, n]."""
-    number = sums.shape[1]
-    middles = np.empty(number)
-    for group in range(len(values)):
-        for s in range(number - 1):
-            middles[s] = 0.5 * sums[group, s] + 0.5 * sums[group, s + 1]
-        middles[number - 1] = np.inf
-        entries, low, per_unit = look_up(middles)
-        for i in range(values.shape[1]):
-            out[group, i] = nearest_sum(np.float64(values[group, i]), middles, entries, low, per_unit)

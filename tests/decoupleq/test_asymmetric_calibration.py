@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from splitquant_plugins import DecoupleQPass, UniformGrid, manifest_of
-from splitquant_plugins.decoupleq.asymmetric_calibration import asymmetric_target, iter_paired_moments
+from splitquant_plugins.decoupleq.asymmetric_calibration import FloatInputs, asymmetric_target, iter_paired_moments
 from splitquant_plugins.decoupleq.capture import BlockInputs
 from splitquant_plugins.decoupleq.layer_order import stages_of
 from splitquant_plugins.errors import InputError
@@ -57,12 +57,8 @@ def with_weight(layer: nn.Linear, weight: torch.Tensor):
 def moments(model, batches, layers, changed: nn.Linear, weight: torch.Tensor, max_bytes: int = 2**20):
     """Moments with `changed` as it is now, against those with `weight` in its place."""
     now = BlockInputs(model, model, batches)
-    return {
-        name: (moment, cross)
-        for name, moment, cross in iter_paired_moments(
-            now, now.calls, lambda: with_weight(changed, weight), layers, max_bytes
-        )
-    }
+    before = FloatInputs(model, now.calls, lambda: with_weight(changed, weight), layers, max_bytes)
+    return {name: (moment, cross) for name, moment, cross in iter_paired_moments(now, before, layers, max_bytes)}
 
 
 def test_layers_with_the_same_input_make_a_group():
@@ -163,12 +159,29 @@ def test_blocks_that_change_their_input_see_it_unchanged():
     layers = {"first": block.first, "second": block.second}
     assert stages_of(block, [x.clone()], layers, sequential=True)[0].groups == (("first",), ("second",))
     inputs = BlockInputs(block, block, [x])
+    layers = {"first": block.first}
     for _ in range(2):
-        (found,) = [
-            moment
-            for name, moment, _ in iter_paired_moments(inputs, inputs.calls, nullcontext, {"first": block.first}, 2**20)
-        ]
+        before = FloatInputs(block, inputs.calls, nullcontext, layers, 2**20)
+        ((_, found, _),) = iter_paired_moments(inputs, before, layers, 2**20)
         torch.testing.assert_close(found.matrix[0], (given.T @ given / 40).double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("max_bytes", "float_runs"), [(2**20, 1), (64, 3)])
+def test_the_float_model_runs_once_where_its_inputs_fit_and_nothing_runs_behind_the_layers(max_bytes, float_runs):
+    model, x = stack(1), torch.randn(2, 3, 8)
+    block = model[0]
+    layers = {"query": block.query, "out": block.out}
+    now = BlockInputs(model, block, [x])
+    runs, calls = [], []
+    block.value.register_forward_hook(lambda *_: calls.append("value"))
+    before = FloatInputs(block, now.calls, lambda: nullcontext(runs.append(1)), layers, max_bytes)
+    (_, query, _), *_ = iter_paired_moments(now, before, {"query": block.query}, 2**20)
+    assert len(runs) == len(calls) == 1  # the layer is reached before value is
+    for _ in range(2):
+        ((_, out, cross),) = iter_paired_moments(now, before, {"out": block.out}, 2**20)
+    assert len(runs) == float_runs
+    torch.testing.assert_close(query.matrix[0], (x.reshape(-1, 8).T @ x.reshape(-1, 8) / 6).double())
+    torch.testing.assert_close(out.matrix, cross)  # the values are the same
 
 
 class Failing(Attention):

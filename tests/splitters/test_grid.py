@@ -17,7 +17,7 @@ from splitquant_plugins.passes.checks import check_parts
 from splitquant_plugins.plan import TensorPlan
 from splitquant_plugins.solvers.rounding_error import output_error, quantized_sum, row_error, weight_error
 from splitquant_plugins.splitters._bound import additive_bound, free_bound
-from splitquant_plugins.splitters._joint import joint_parts, levels, nearest, realise, rules_of, search
+from splitquant_plugins.splitters._joint import joint_parts, levels, realise, rules_of, search
 from splitquant_plugins.splitters._shapes import shapes
 from splitquant_plugins.splitters.grid import GridOptions, GridSplitter
 from splitquant_plugins.splitters.kmeans import KMeansOptions, KMeansSplitter
@@ -115,8 +115,8 @@ def test_backend_derives_the_scales_that_were_chosen(grid: UniformGrid) -> None:
         for part in range(2):
             scale, _ = grid.qparams(parts[part])
             torch.testing.assert_close(scale.double(), torch.tensor(books.scale[:, part : part + 1]), rtol=1e-5, atol=0)
-        sums = levels(rules, books)
-        wanted = sums.value.gather(1, nearest(groups, sums))
+        sums = levels(rules, books, groups.shape[1])
+        wanted = sums.values(sums.nearest(groups))
         error = (groups - wanted).square().sum(dim=1)
         # the price of the search adds what ends off their levels cost, and is right but for what bins blur
         assert bool((error <= torch.tensor(books.error) * 1.05 + 1e-9).all())

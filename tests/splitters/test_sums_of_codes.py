@@ -15,7 +15,7 @@ from splitquant_plugins.grid import UniformGrid
 from splitquant_plugins.passes.checks import check_parts
 from splitquant_plugins.plan import TensorPlan
 from splitquant_plugins.solvers.rounding_error import weight_error
-from splitquant_plugins.splitters._joint import joint_parts, levels, nearest, realise, rules_of, search
+from splitquant_plugins.splitters._joint import joint_parts, levels, realise, rules_of, search
 from splitquant_plugins.splitters._pricing import bin_group, price, sorted_sums
 from splitquant_plugins.splitters._shapes import shapes
 from splitquant_plugins.splitters._sum_parts import (
@@ -192,12 +192,14 @@ def test_parts_of_16_bits_are_numbers_of_16_bits(dtype: torch.dtype) -> None:
 
 def test_levels_are_sums_and_nearest_is_the_nearest() -> None:
     weight, rules = heavy(5, 90), rules_of(shapes(GRIDS[0]))
-    sums = levels(rules, search(weight, rules, 2))
-    wanted = (weight.double().unsqueeze(2) - sums.value.unsqueeze(1)).abs().amin(dim=2)
-    got = (weight.double() - sums.value.gather(1, nearest(weight, sums))).abs()
+    sums = levels(rules, search(weight, rules, 2), 90)
+    wanted = (weight.double().unsqueeze(2) - sums.table.unsqueeze(1)).abs().amin(dim=2)
+    got = (weight.double() - sums.values(sums.nearest(weight))).abs()
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)
-    assert bool((sums.low <= sums.value).all())
-    assert bool((sums.value <= sums.high).all())
+    assert sums.low is not None
+    assert sums.high is not None
+    assert bool((sums.low <= sums.table).all())
+    assert bool((sums.table <= sums.high).all())
 
 
 def test_many_groups_are_as_good_as_each_by_itself() -> None:
