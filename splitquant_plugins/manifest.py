@@ -104,7 +104,8 @@ class LayerRecord(BaseModel):
 class Manifest(BaseModel):
     """What the passes did to a model. Saved as JSON beside the weights.
 
-    `values` are the options of DecoupleQPass, where it ran.
+    `values` are the options of DecoupleQPass, where it ran. `recipe` says, as a recipe file does, which backend and
+    weight format came after, where `splitquant quantize` saw to it.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -116,6 +117,7 @@ class Manifest(BaseModel):
     notes: list[str] = Field(default_factory=list)
     layers: list[LayerRecord] = Field(default_factory=list)
     values: dict[str, object] | None = None
+    recipe: dict[str, object] | None = None
     seconds: float = 0.0
 
     @property

@@ -20,10 +20,14 @@ from torch.fx import GraphModule
 from splitquant_inc.packing import PackedHqq, PackedInc, Storage, empty_module, packed_layer
 from splitquant_inc.stored_layers import quantized_layers
 from splitquant_plugins.checkpoints.files import write_json
-from splitquant_plugins.checkpoints.pretrained_config import plain_configuration
+from splitquant_plugins.checkpoints.pretrained_config import is_pretrained, plain_configuration
 from splitquant_plugins.checkpoints.source import SINGLE_FILE
 from splitquant_plugins.checkpoints.tensors import read_state, untied_state, write_tensors
-from splitquant_plugins.checkpoints.transformers_models import load_generation_config, save_generation_config
+from splitquant_plugins.checkpoints.transformers_models import (
+    load_generation_config,
+    load_model,
+    save_generation_config,
+)
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
 from splitquant_plugins.manifest import ATTRIBUTE, FILE_NAME, Manifest
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d, replace_module
@@ -72,13 +76,15 @@ def write_description(
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Load what `save` or a streaming `splitquant quantize` saved, in evaluation mode.
+    """Load what `save`, `splitquant quantize` or a transformers model's `save_pretrained` saved, in evaluation mode.
 
     A transformers model is made from config.json; for any other, pass the unsplit float `model` to load into.
     Raises InputError for a missing or damaged file, SkeletonMismatchError where the files and the model do not
     fit each other, AlreadySplitError where `model` was split before.
     """
     folder = Path(folder)
+    if model is None and is_pretrained(folder):
+        return load_model(str(folder))
     storage = Storage.read(folder / STORAGE_FILE)
     state = read_state(folder)
     for name, source in storage.same_as.items():

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from optimum.quanto import quantization_map
 from optimum.quanto.nn import QModuleMixin, quantize_module
 from torch import Tensor, nn
 
 from splitquant_plugins.checkpoints.headers import TensorSpec
-from splitquant_plugins.checkpoints.saved_layers import SavedLayers
+from splitquant_plugins.checkpoints.saved_layers import PartCodes, SavedLayers
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
 from splitquant_quanto.quantization import LAYERS
 from splitquant_quanto.storage import saved_tensors, validated_entry
@@ -51,3 +52,44 @@ class QuantoLayers(SavedLayers):
         if not made.frozen:
             raise SkeletonMismatchError(f"{name}: quanto did not take the codes that were saved")
         return cast(nn.Module, made)
+
+    def part_codes(self, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PartCodes | None:
+        """Unpack the codes: those of rows r, r + height and so on share a byte, the first in its lowest bits."""
+        bits, name = _bits(described), _codes_name(described)
+        data, rest = tensors[name], {key: tensor for key, tensor in tensors.items() if key != name}
+        if bits == _BYTE:
+            return PartCodes(data.view(torch.uint8), self.zero_codes(described, rest), bits, rest)
+        lanes = [(data >> (bits * lane)) & (2**bits - 1) for lane in range(_BYTE // bits)]
+        codes = torch.cat(lanes)[: len(rest["weight._scale"])]
+        return PartCodes(codes, self.zero_codes(described, rest), bits, rest)
+
+    def zero_codes(self, described: Mapping[str, Any], rest: Mapping[str, Tensor]) -> Tensor:
+        """Return the shift in steps, which is whole on the parts of a split layer; 0 where there is no shift."""
+        bits, scale = _bits(described), rest["weight._scale"]
+        if bits == _BYTE:
+            return torch.zeros((), dtype=torch.uint8, device=scale.device)
+        steps = (rest["weight._shift"].double() / scale.double()).round().nan_to_num()
+        return steps.clamp(0, 2**bits - 1).to(torch.uint8)
+
+    def with_codes(self, described: Mapping[str, Any], rest: Mapping[str, Tensor], codes: Tensor) -> dict[str, Tensor]:
+        """Pack the codes."""
+        bits = _bits(described)
+        if bits == _BYTE:
+            return {_codes_name(described): codes.view(torch.int8)}
+        height = -(-len(codes) * bits // _BYTE)
+        data = torch.zeros((height, *codes.shape[1:]), dtype=torch.uint8, device=codes.device)
+        for lane in range(_BYTE // bits):
+            rows = codes[lane * height : (lane + 1) * height]
+            data[: len(rows)] |= rows << (bits * lane)
+        return {_codes_name(described): data}
+
+
+_BYTE = 8
+
+
+def _bits(described: Mapping[str, Any]) -> int:
+    return int(validated_entry(described, "a quanto layer")["weights"].removeprefix("qint"))
+
+
+def _codes_name(described: Mapping[str, Any]) -> str:
+    return "weight._data" if _bits(described) == _BYTE else "weight._data._data"

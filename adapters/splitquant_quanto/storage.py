@@ -23,13 +23,14 @@ from transformers import PreTrainedModel
 
 from splitquant_plugins.checkpoints.files import read_json, write_json
 from splitquant_plugins.checkpoints.headers import TensorSpec
-from splitquant_plugins.checkpoints.pretrained_config import plain_configuration
+from splitquant_plugins.checkpoints.pretrained_config import is_pretrained, plain_configuration
 from splitquant_plugins.checkpoints.source import SINGLE_FILE
 from splitquant_plugins.checkpoints.tensors import read_state, untied_state, write_tensors
 from splitquant_plugins.checkpoints.transformers_models import (
     empty_model,
     load_config,
     load_generation_config,
+    load_model,
     save_generation_config,
 )
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
@@ -95,13 +96,15 @@ def write_description(folder: Path, model: nn.Module, qmap: dict[str, dict[str, 
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Load what `save` or a streaming `splitquant quantize` saved, in evaluation mode.
+    """Load what `save`, `splitquant quantize` or a transformers model's `save_pretrained` saved, in evaluation mode.
 
     A transformers model is made from config.json; for any other, pass the unsplit float `model` to load into.
     Raises InputError for a missing or damaged file, SkeletonMismatchError where the files and the model do
     not fit each other.
     """
     folder = Path(folder)
+    if model is None and is_pretrained(folder):
+        return load_model(str(folder))
     manifest = Manifest.load(folder)
     qmap = _read_qmap(folder / QMAP_FILE)
     try:

@@ -54,8 +54,9 @@ def unpack_digits(packed: Tensor, k: int, count: int) -> Tensor:
         raise ValueError(f"the byte {int(packed.max())} holds no {width} digits to the base {k}")
     rows = torch.empty(packed.numel(), width, dtype=torch.uint8, device=packed.device)
     rest = packed
-    for place in range(width):
+    for place in range(width - 1):
         higher = torch.div(rest, k, rounding_mode="floor")
         rows[:, place] = rest - higher * k
         rest = higher
+    rows[:, -1] = rest
     return rows.view(-1)[:count]

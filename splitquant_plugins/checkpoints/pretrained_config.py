@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from splitquant_plugins.checkpoints.files import read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,6 +28,20 @@ def describe_to_transformers(model: nn.Module, manifest: Any) -> None:
     described = registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](manifest=manifest)
     made.config.quantization_config = described
     made.hf_quantizer = registry.AUTO_QUANTIZER_MAPPING[METHOD](described, pre_quantized=True)
+
+
+def saves_itself(model: nn.Module) -> bool:
+    """Whether a model's `save_pretrained` writes what `from_pretrained` reads as the split model that it is."""
+    described = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    return bool(getattr(described, "quant_method", None) == METHOD)
+
+
+def is_pretrained(folder: Path) -> bool:
+    """Whether a folder was written by a split model's `save_pretrained`."""
+    path = folder / "config.json"
+    content = read_json(path) if path.is_file() else {}
+    described = content.get("quantization_config") if isinstance(content, dict) else None
+    return isinstance(described, dict) and described.get("quant_method") == METHOD
 
 
 def plain_configuration(config: Any) -> dict[str, Any]:

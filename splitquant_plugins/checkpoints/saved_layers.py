@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class PartCodes:
+    """The codes of a part, as bytes below 2^bits, and the codes that stand for zero, of a shape that extends to theirs.
+
+    `rest` are the layer's tensors without those that held the codes.
+    """
+
+    codes: Tensor
+    zeros: Tensor
+    bits: int
+    rest: dict[str, Tensor]
 
 
 class SavedLayers(ABC):
@@ -31,3 +45,18 @@ class SavedLayers(ABC):
         `layer` is the float layer, or the part of one, that it stands for, on the meta device; `name` is for errors.
         Raises SkeletonMismatchError where the three do not fit each other.
         """
+
+    def part_codes(self, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PartCodes | None:
+        """Take the codes out of a layer's tensors; None where they are not plain codes with one for zero.
+
+        Those that do are stored once for all parts of a split layer whose supports are disjoint.
+        """
+        return None
+
+    def zero_codes(self, described: Mapping[str, Any], rest: Mapping[str, Tensor]) -> Tensor:
+        """Return the zeros that `part_codes` found, from the other tensors."""
+        raise NotImplementedError
+
+    def with_codes(self, described: Mapping[str, Any], rest: Mapping[str, Tensor], codes: Tensor) -> dict[str, Tensor]:
+        """Return the tensors that hold the codes, from which `part_codes` took them."""
+        raise NotImplementedError

@@ -56,7 +56,11 @@ def quantize(
     jobs: int,
     json_path: Path | None,
 ) -> None:
-    """Split and quantize MODEL (Hub id or folder) and save it, ready to be loaded by the backend's adapter."""
+    """Split and quantize MODEL (Hub id or folder) and save it.
+
+    A checkpoint that is not streamed is saved for transformers' `from_pretrained`, after `import splitquant_plugins`,
+    and for the backend's adapter; one that is streamed, for the adapter.
+    """
     from splitquant_plugins.backends import WeightRequest
     from splitquant_plugins.evaluation import tables as report
     from splitquant_plugins.evaluation.compare import calibration_batches
@@ -79,11 +83,13 @@ def quantize(
         options,
         stream,
         scheduler,
+        pretrained=True,
     )
     columns = (
         ("layers_split", "layers split", report.text),
         ("layers_quantized", "quantized", report.text),
         ("bits_per_weight", "bits/weight", report.two_decimals),
+        ("disk_bits_per_weight", "on disk", report.two_decimals),
         ("model_bytes", "model kB", report.kilobytes),
         ("split_seconds", "split s", report.two_decimals),
         ("quantize_seconds", "quantize s", report.two_decimals),

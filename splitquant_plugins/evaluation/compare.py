@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from splitquant_plugins.backends import ROUND_TO_NEAREST, Backend, WeightFormat, WeightRequest, run_of
+from splitquant_plugins.backends import ROUND_TO_NEAREST, Backend, QuantizedModel, WeightFormat, WeightRequest, run_of
 from splitquant_plugins.checkpoints.transformers_models import (
     load_classifier,
     load_config,
@@ -22,7 +22,8 @@ from splitquant_plugins.decoupleq.decoupleq_pass import DecoupleQPass
 from splitquant_plugins.errors import ConfigError, InputError, first_line
 from splitquant_plugins.evaluation.choices import choices
 from splitquant_plugins.evaluation.coverage import coverage, float_tensors
-from splitquant_plugins.evaluation.metrics import accuracy, logits_of, measure, tokenize
+from splitquant_plugins.evaluation.disk_bits import bits_saved
+from splitquant_plugins.evaluation.metrics import Measures, accuracy, logits_of, measure, tokenize
 from splitquant_plugins.evaluation.peak_memory import PeakMemory
 from splitquant_plugins.evaluation.texts import LabelledTexts, load_texts, load_unlabelled
 from splitquant_plugins.passes.base import ModelPass
@@ -234,6 +235,7 @@ def row_of(subject: Subject, run: Run) -> dict[str, Any]:
         "budget": run.splitter.config.budget if run.splitter else None,
         "fp32_accuracy": accuracy(subject.logits, subject.data.labels),
         **asdict(measures),
+        **_on_disk(quantized, run.backend, measures),
         "split_seconds": quantized.split_seconds,
         "quantize_seconds": quantized.quantize_seconds,
         "seconds": quantized.seconds,
@@ -243,6 +245,16 @@ def row_of(subject: Subject, run: Run) -> dict[str, Any]:
         "choices": choices(quantized.manifest),
         "layers_solved": len(quantized.manifest.solved) if quantized.manifest else 0,
         "seed": run.seed,
+    }
+
+
+def _on_disk(quantized: QuantizedModel, backend: Backend, measures: Measures) -> dict[str, Any]:
+    """What the Linear and convolution weights take on disk, as `save_pretrained` writes them."""
+    less = bits_saved(quantized, backend)
+    weights = 8 * measures.linear_bytes / measures.linear_bits_per_weight
+    return {
+        "linear_disk_bits_per_weight": measures.linear_bits_per_weight - less / weights,
+        "linear_disk_bytes": measures.linear_bytes - less // 8,
     }
 
 

@@ -58,6 +58,7 @@ COMPARE_COLUMNS: tuple[Column, ...] = (
     ("logit_sqnr_db", "logit dB", decibel),
     ("weight_sqnr_db", "weight dB", decibel),
     ("linear_bits_per_weight", "bits/weight", two_decimals),
+    ("linear_disk_bits_per_weight", "on disk", two_decimals),
     ("linear_bytes", "Linear kB", kilobytes),
     ("model_bytes", "model kB", kilobytes),
     ("split_seconds", "split s", two_decimals),

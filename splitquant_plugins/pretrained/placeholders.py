@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 if TYPE_CHECKING:
     from splitquant_plugins.checkpoints.headers import TensorSpec
@@ -20,7 +20,6 @@ class Placeholder(nn.Module):
 
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
         super().__init__()
-        self.names = tuple(specs)
         for name, spec in specs.items():
             owner, _, role = name.rpartition(".")
             module: nn.Module = self
@@ -29,7 +28,3 @@ class Placeholder(nn.Module):
                     module.add_module(child, nn.Module())
                 module = cast(nn.Module, module._modules[child])
             module.register_buffer(role, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors, by the names that they have within the layer."""
-        return dict(self.state_dict())

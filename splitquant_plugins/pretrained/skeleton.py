@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from splitquant_plugins.checkpoints.headers import TensorSpec, read_header
+from splitquant_plugins.checkpoints.joined_codes import CODES, PART_OF, separated_state
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
 from splitquant_plugins.modules import SplitModule
 from splitquant_plugins.passes.module_tree import replace_module
 from splitquant_plugins.passes.rebuild import apply_manifest
 from splitquant_plugins.pretrained.guards import expect_guards, guard_name
 from splitquant_plugins.pretrained.placeholders import Placeholder
-from splitquant_plugins.pretrained.state import guarded_layers, untie_packed
+from splitquant_plugins.pretrained.state import guarded_layers, parts_of, untie_packed
 
 if TYPE_CHECKING:
     from splitquant_plugins.checkpoints.saved_layers import SavedLayers
@@ -55,6 +56,9 @@ def make_skeleton(model: nn.Module, config: SplitCheckpointConfig, files: Sequen
         layer = model.get_submodule(name)
         placeholder.__dict__[_FLOAT_LAYER] = layer  # not a child: its weight is not to be loaded
         replace_module(model, name, placeholder)
+    config.joined = {names.here(name): form for name, form in config.joined.items() if names.has(name)}
+    for name in config.joined:
+        _hold_joined(model.get_submodule(name), name, stored)
     untie_packed(model, config.layers)
     _refuse_missing(model, stored)
     _mark_initialized(model, [*guarded, *config.layers], stored)
@@ -62,12 +66,21 @@ def make_skeleton(model: nn.Module, config: SplitCheckpointConfig, files: Sequen
 
 def fill_skeleton(model: nn.Module, config: SplitCheckpointConfig, saved: SavedLayers | None) -> None:
     """Make the backend's layers of what placeholders hold, and let parts share what they shared."""
-    for name, described in config.layers.items():
-        placeholder: Any = model.get_submodule(name)
+    separate = dict(config.layers)
+    for layer, form in config.joined.items():  # one by one: what is taken apart is a few times as large
         assert saved is not None
-        made = saved.make(placeholder.__dict__[_FLOAT_LAYER], described, placeholder.tensors(), name)
-        made.train(placeholder.training)
-        replace_module(model, name, made)
+        split, parts = model.get_submodule(layer), {layer: parts_of(model)[layer]}
+        state = {f"{layer}.{key}": tensor for key, tensor in split.state_dict().items()}
+        state = separated_state(state, {layer: form}, config.layers, parts, saved)
+        for key in (CODES, PART_OF):
+            del split._buffers[key]
+        for part in parts[layer]:
+            prefix = f"{part}."
+            own = {key.removeprefix(prefix): state.pop(key) for key in list(state) if key.startswith(prefix)}
+            _make(model, part, separate.pop(part), own, saved)
+    for name, described in separate.items():
+        assert saved is not None
+        _make(model, name, described, dict(model.get_submodule(name).state_dict()), saved)
     for name, kind in config.buffers.items():
         owner, _, key = name.rpartition(".")
         module: Any = model.get_submodule(owner)
@@ -76,6 +89,25 @@ def fill_skeleton(model: nn.Module, config: SplitCheckpointConfig, saved: SavedL
         for record in config.manifest.split:
             if record.shared_with is not None:
                 _share(model.get_submodule(record.name), model.get_submodule(record.shared_with))
+
+
+def _make(
+    model: nn.Module, name: str, described: Mapping[str, Any], tensors: dict[str, Tensor], saved: SavedLayers
+) -> None:
+    """Put a backend's layer into the place of its placeholder."""
+    placeholder: Any = model.get_submodule(name)
+    made = saved.make(placeholder.__dict__[_FLOAT_LAYER], described, tensors, name)
+    made.train(placeholder.training)
+    replace_module(model, name, made)
+
+
+def _hold_joined(split: nn.Module, name: str, stored: Mapping[str, TensorSpec]) -> None:
+    """Let a split layer hold its joined codes while transformers loads them."""
+    for key in (CODES, PART_OF):
+        spec = stored.get(f"{name}.{key}")
+        if spec is None:
+            raise SkeletonMismatchError(f"the files have no tensor {name}.{key}, which config.json says is there")
+        split.register_buffer(key, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
 
 
 class _Names:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from splitquant_plugins.checkpoints.joined_codes import JoinedLayer, joined_state
 from splitquant_plugins.checkpoints.transformers_models import forget_tied_embeddings
 from splitquant_plugins.errors import InputError, PluginError
 from splitquant_plugins.manifest import manifest_of
@@ -34,10 +35,19 @@ def describe_and_state(model: nn.Module) -> tuple[SplitCheckpointConfig, dict[st
     state = dict(model.state_dict()) if saved is None else saved.state(model)
     untie_packed(model, layers)
     dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
-    described = SplitCheckpointConfig(
-        manifest=manifest, backend=backend, layers=layers, dtype=dtype, buffers=_cast_buffers(model)
-    )
+    joined: dict[str, JoinedLayer] = {}
+    if saved is not None:
+        state, joined = joined_state(state, layers, parts_of(model), saved)
+    described = SplitCheckpointConfig(manifest, backend, layers, dtype, _cast_buffers(model), joined)
     return described, {**_apart(state, [*layers, *_split(model)]), **guards(guarded_layers(model, layers))}
+
+
+def parts_of(model: nn.Module) -> dict[str, list[str]]:
+    """Names of each split layer's parts."""
+    found: dict[str, list[str]] = {}
+    for part, layer in layer_of_part(model).items():
+        found.setdefault(layer, []).append(part)
+    return found
 
 
 def _cast_buffers(model: nn.Module) -> dict[str, str]:

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from splitquant_plugins.backends import Backend, Batch, WeightFormat, WeightRequest
+from splitquant_plugins.backends import Backend, Batch, QuantizedModel, WeightFormat, WeightRequest
 from splitquant_plugins.checkpoints.files import refuse_output_folder
+from splitquant_plugins.checkpoints.pretrained_config import saves_itself
 from splitquant_plugins.checkpoints.source import is_sharded
 from splitquant_plugins.checkpoints.transformers_models import load_model
 from splitquant_plugins.errors import ConfigError, InputError, first_line
 from splitquant_plugins.evaluation.coverage import coverage, float_tensors
+from splitquant_plugins.evaluation.disk_bits import bits_saved
+from splitquant_plugins.manifest import manifest_of
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.plugins import Plugins
 from splitquant_plugins.streaming.run import stream_model
@@ -49,13 +52,16 @@ def quantize_model(
     options: dict[str, Any],
     stream: bool | None = None,
     scheduler: str | None = None,
+    *,
+    pretrained: bool = False,
 ) -> dict[str, Any]:
     """Split and quantize a transformers model and save it into `output`, which must not exist yet.
 
     With `stream`, a folder's safetensors are worked on layer by layer, and the model is never in memory; None
     streams a sharded checkpoint where backend and options can. `scheduler` is the address of a Dask scheduler whose
-    workers do the streaming. Returns a row of figures. Everything that the
-    arguments can be wrong in is checked before work begins.
+    workers do the streaming. With `pretrained`, what is not streamed is saved by the model's `save_pretrained`, else by
+    the backend's `save`, as what is streamed. Returns a row of figures. Everything that the arguments can be wrong in
+    is checked before work begins.
     """
     chosen = plugins.backend(backend)
     chosen.require()
@@ -71,7 +77,7 @@ def quantize_model(
     if stream is None:
         needs_model = first.calibration is not None or first.config.activations
         stream = is_sharded(model) and chosen.packer(form) is not None and not needs_model
-    figures = partial(_stream, scheduler=scheduler) if stream else _in_memory
+    figures = partial(_stream, scheduler=scheduler) if stream else partial(_in_memory, pretrained=pretrained)
     return {
         "model": model,
         "output": str(output),
@@ -89,26 +95,40 @@ def quantize_model(
     }
 
 
-def _in_memory(chosen: Backend, model: str, form: WeightFormat, first: SplitQuantPass, output: Path) -> dict[str, Any]:
+def _in_memory(
+    chosen: Backend, model: str, form: WeightFormat, first: SplitQuantPass, output: Path, *, pretrained: bool
+) -> dict[str, Any]:
     loaded = load_model(model)
     tensors = float_tensors(loaded)
     with _appearing(output) as temporary:
         quantized = chosen.quantize(loaded, form, first, [example_batch(loaded)])
         source = _folder_of(model)
         with _writing(output):
-            chosen.save(quantized, temporary)
+            _save(chosen, quantized, temporary, pretrained=pretrained)
             _copy_files(source, temporary)
     stored = [part for parts in quantized.layers.values() for part in parts]
     weights = sum(parts[0].weight.numel() for parts in quantized.layers.values())
+    less = bits_saved(quantized, chosen) if pretrained and saves_itself(quantized.model) else 0
     return {
         "layers_split": len(quantized.manifest.split) if quantized.manifest else 0,
         "layers_quantized": quantized.layers_quantized,
         **coverage(tensors, quantized.layers, quantized.manifest),
         "bits_per_weight": sum(part.bits for part in stored) / weights,
+        "disk_bits_per_weight": (sum(part.bits for part in stored) - less) / weights,
         "model_bytes": quantized.state_bytes,
         "split_seconds": quantized.split_seconds,
         "quantize_seconds": quantized.quantize_seconds,
     }
+
+
+def _save(chosen: Backend, quantized: QuantizedModel, folder: Path, *, pretrained: bool) -> None:
+    """Save for `from_pretrained`, whose folder the adapter loads too, or for the adapter alone."""
+    if pretrained and chosen.library and saves_itself(quantized.model):
+        model: Any = quantized.model
+        model.save_pretrained(folder)
+        manifest_of(model).save(folder)
+    else:
+        chosen.save(quantized, folder)
 
 
 def _stream(
@@ -123,6 +143,7 @@ def _stream(
         "layers_split": len(made.manifest.split),
         "layers_quantized": made.packed,
         "bits_per_weight": made.bits / made.weights,
+        "disk_bits_per_weight": made.bits / made.weights,
         "model_bytes": made.bytes,
         "split_seconds": made.split_seconds,
         "quantize_seconds": made.pack_seconds,

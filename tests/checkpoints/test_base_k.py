@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from splitquant_plugins.checkpoints.base_k import digits_per_byte, pack_digits, packed_length, unpack_digits
 
 
-@given(st.integers(2, 16), st.integers(0, 40), st.integers(0, 2**31))
+@given(st.integers(2, 16) | st.just(256), st.integers(0, 40), st.integers(0, 2**31))
 def test_numbers_come_back(k, count, seed):
     numbers = torch.randint(k, (count,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     packed = pack_digits(numbers, k)

@@ -27,13 +27,13 @@ def test_an_output_that_cannot_be_written_is_named(
 def test_a_failure_while_saving_names_the_output_and_leaves_nothing(
     classifier: Callable[..., Path], fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from splitquant_quanto.backend import QuantoBackend
+    from transformers import PreTrainedModel
 
-    def save(self: object, quantized: object, folder: Path) -> None:
+    def save(self: object, folder: Path) -> None:
         (folder / "half").write_text("")
         raise OSError(28, "No space left on device", str(folder / "model.safetensors"))
 
-    monkeypatch.setattr(QuantoBackend, "save", save)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
     folder = classifier()
     line = fails("quantize", folder, "--output", tmp_path / "made" / "out")
     assert f"cannot write {tmp_path / 'made' / 'out'}: No space left on device" in line
@@ -77,3 +77,28 @@ def test_the_tokenizer_of_a_hub_model_is_copied_too(
     assert run(["quantize", "somebody/model", "--output", str(tmp_path / "out")]) == 0
     assert asked == [("somebody/model", True)]
     assert (tmp_path / "out" / "vocab.txt").is_file()
+
+
+@pytest.mark.parametrize("backend", ["quanto", "inc"])
+@pytest.mark.filterwarnings("ignore")  # INC's own
+def test_what_is_made_loads_with_from_pretrained_and_with_the_adapter(
+    backend: str, classifier: Callable[..., Path], tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    adapter = pytest.importorskip(f"splitquant_{backend}")
+    if backend == "inc":
+        pytest.importorskip("neural_compressor")
+    output, rows = tmp_path / "out", tmp_path / "rows.json"
+    arguments = ["quantize", str(classifier()), "--backend", backend, "--weights", "int2", "--split", "kmeans"]
+    assert run([*arguments, "--output", str(output), "--json", str(rows)]) == 0
+    (row,) = json.loads(rows.read_text())
+    # Of three codes of 2 bits, one is on disk, and 1.6 bits of which it is; and whole bytes per layer.
+    assert row["bits_per_weight"] - row["disk_bits_per_weight"] == pytest.approx(
+        6 - 3.6, abs=0.2 * (backend == "inc") + 0.05
+    )
+    tokens = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        one = AutoModelForSequenceClassification.from_pretrained(output)(tokens).logits
+        assert torch.equal(one, adapter.load(output)(tokens).logits)

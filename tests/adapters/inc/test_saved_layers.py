@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from splitquant_plugins import SplitQuantPass
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
@@ -85,3 +86,18 @@ def test_a_layer_that_config_json_describes_wrongly_is_an_error(split, tmp_path,
     path.write_text(json.dumps(config))
     with pytest.raises(error, match=problem):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "rtn4"])
+def test_the_zeros_of_disjoint_parts_are_not_on_disk(split, tmp_path, recipe):
+    model = split(RECIPES[recipe]())
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert not [name for name in tensors if name.endswith("qweight")]
+    layer = model.model.layers[0].mlp.up_proj
+    name, bits = "model.layers.0.mlp.up_proj", layer.lower.bits
+    assert tensors[f"{name}.codes"].nbytes * 8 == bits * layer.in_features * layer.out_features
+    assert tensors[f"{name}.part_of"].nbytes == -(-layer.in_features * layer.out_features // 5)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).model.layers[0].mlp.up_proj
+    for part, other in zip(layer.parts(), again.parts(), strict=True):
+        assert all(torch.equal(part.state_dict()[key], tensor) for key, tensor in other.state_dict().items())

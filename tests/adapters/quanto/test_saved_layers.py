@@ -148,3 +148,50 @@ def test_the_adapters_own_folder_says_nothing_to_transformers(split, models, tmp
     save(model, tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert len(manifest_of(load(tmp_path)).split) == len(manifest_of(model).split)
+
+
+def stored_bits(folder, model):
+    """Bits per weight that the files hold of split layers, codes and scales."""
+    tensors = load_file(folder / "model.safetensors")
+    records = manifest_of(model).split
+    prefixes = tuple(f"{record.name}." for record in records)
+    own = [t for name, t in tensors.items() if name.startswith(prefixes) and not name.endswith((".bias", "put_scale"))]
+    return 8 * sum(t.nbytes for t in own) / sum(torch.Size(record.shape).numel() for record in records)
+
+
+@pytest.mark.parametrize(("weights", "bits"), [("int2", 2), ("int4", 4), ("int8", 8)])
+def test_the_zeros_of_disjoint_parts_are_not_on_disk(split, models, tokens, tmp_path, weights, bits):
+    options = {"hidden_size": 64, "intermediate_size": 128, "num_labels": 64}
+    model = split(models.bert(**options), weights, splitter="kmeans")
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+    scales = 3 * (1 if bits == 8 else 2) * 32 / 64 + 0.5  # at most, and the guards
+    assert bits + 1.6 <= stored_bits(tmp_path, model) <= bits + 1.6 + scales
+    for (name, part), (_, other) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(part, other), name
+
+
+def test_overlapping_parts_are_stored_as_they_are(split, models, tokens, tmp_path):
+    model = split(models.bert(), splitter="halve")
+    model.save_pretrained(tmp_path)
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if name.endswith("part_of")]
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda t: t.pop("classifier.part_of"), r"no tensor classifier\.part_of"),
+        (lambda t: t.update({"classifier.part_of": t["classifier.part_of"][1:]}), "cannot be taken apart"),
+        (lambda t: t["classifier.part_of"].fill_(255), "the byte 255 holds no 5 digits"),
+    ],
+)
+def test_joined_codes_that_do_not_fit_are_an_error(split, models, tmp_path, change, problem):
+    split(models.bert(), splitter="kmeans").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SkeletonMismatchError, match=problem):
+        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)

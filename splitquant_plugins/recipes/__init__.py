@@ -1,0 +1,1 @@
+"""Recipes in files: what `splitquant compare` and `quantize` are asked for."""
