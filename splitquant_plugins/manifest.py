@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -154,12 +155,17 @@ class Manifest(BaseModel):
         path = Path(folder) / FILE_NAME
         if not path.is_file():
             raise InputError(f"{folder} holds no {FILE_NAME}: it is not a model saved by splitquant")
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(str(part) for part in problem["loc"])
-            raise InputError(f"{path} is damaged or of another version: {where} {problem['msg']}") from None
+        return manifest_from(path.read_bytes(), str(path))
+
+
+def manifest_from(given: Any, where: str) -> Manifest:
+    """Return a manifest from its JSON, text or read already; a damaged one is an InputError that says `where`."""
+    try:
+        return Manifest.model_validate_json(given if isinstance(given, bytes) else json.dumps(given))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise InputError(f"{where} is damaged or of another version: {key} {problem['msg']}") from None
 
 
 def manifest_of(model: nn.Module) -> Manifest:

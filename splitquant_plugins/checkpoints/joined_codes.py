@@ -16,7 +16,7 @@ from torch import Tensor, equal
 
 from splitquant_plugins.checkpoints.base_k import pack_digits, unpack_digits
 from splitquant_plugins.checkpoints.disjoint_parts import joined, parted
-from splitquant_plugins.errors import SkeletonMismatchError
+from splitquant_plugins.errors import SkeletonMismatchError, SplitQuantError
 
 if TYPE_CHECKING:
     from splitquant_plugins.checkpoints.saved_layers import SavedLayers
@@ -78,6 +78,8 @@ def separated_state(
             del left[f"{layer}.{CODES}"], left[f"{layer}.{PART_OF}"]
         except KeyError as error:
             raise SkeletonMismatchError(f"{layer}: there is no tensor {error} to take its codes apart") from None
+        except SplitQuantError:
+            raise
         except (ValueError, RuntimeError) as error:  # RuntimeError is torch's, for shapes
             raise SkeletonMismatchError(f"{layer}: its joined codes cannot be taken apart: {error}") from None
     return left

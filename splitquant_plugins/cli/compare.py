@@ -16,6 +16,7 @@ from splitquant_plugins.cli.options import (
     refuse_inputs_as_output,
     split_options,
 )
+from splitquant_plugins.cli.recipe_option import recipe_options
 
 
 @click.command()
@@ -58,6 +59,7 @@ from splitquant_plugins.cli.options import (
 @grid_options
 @split_options
 @json_option
+@recipe_options(several=True)
 @click.pass_context
 def compare(
     context: click.Context,
@@ -82,6 +84,7 @@ def compare(
     extra: tuple[str, ...],
     jobs: int,
     json_path: Path | None,
+    decoupleq: dict[str, Any] | None,
 ) -> int:
     """Quantize MODEL, a classifier (Hub id or folder), in several ways and compare them on DATA.
 
@@ -111,7 +114,7 @@ def compare(
     options = pass_options(k, budget, jobs, extra)
     batches = None if calibration is None else comparison.calibration_batches(model, calibration)
     plugins = Plugins.load()
-    runs = comparison.plan_runs(plugins, backends, requests, splits, seeds, options, methods, batches)
+    runs = comparison.plan_runs(plugins, backends, requests, splits, seeds, options, methods, batches, decoupleq)
     if equal_storage:
         runs += comparison.equal_storage_runs(plugins, runs)
     rows: list[dict[str, Any]] = []

@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": "splitquant_plugins.cli.compare:compare",
     "inspect": "splitquant_plugins.cli.inspect:inspect",
     "quantize": "splitquant_plugins.cli.quantize:quantize",
+    "recipe": "splitquant_plugins.cli.recipe:recipe",
     "export": "splitquant_plugins.cli.export:export",
     "plugins": "splitquant_plugins.cli.plugins:plugins",
 }

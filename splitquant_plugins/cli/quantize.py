@@ -15,6 +15,7 @@ from splitquant_plugins.cli.options import (
     refuse_inputs_as_output,
     split_options,
 )
+from splitquant_plugins.cli.recipe_option import recipe_options
 
 
 @click.command()
@@ -36,7 +37,9 @@ from splitquant_plugins.cli.options import (
 )
 @grid_options
 @split_options
+@click.option("--method", default="rtn", show_default=True, help="How values are chosen, as in compare.")
 @json_option
+@recipe_options(several=False)
 def quantize(
     model: str,
     backend: str,
@@ -54,16 +57,18 @@ def quantize(
     calibration: str | None,
     extra: tuple[str, ...],
     jobs: int,
+    method: str,
     json_path: Path | None,
+    decoupleq: dict[str, Any] | None,
 ) -> None:
     """Split and quantize MODEL (Hub id or folder) and save it.
 
     A checkpoint that is not streamed is saved for transformers' `from_pretrained`, after `import splitquant_plugins`,
     and for the backend's adapter; one that is streamed, for the adapter.
     """
-    from splitquant_plugins.backends import WeightRequest
+    from splitquant_plugins.backends import ROUND_TO_NEAREST, WeightRequest
     from splitquant_plugins.evaluation import tables as report
-    from splitquant_plugins.evaluation.compare import calibration_batches
+    from splitquant_plugins.evaluation.compare import DECOUPLEQ, calibration_batches
     from splitquant_plugins.evaluation.coverage import sentences
     from splitquant_plugins.plugins import Plugins
     from splitquant_plugins.streaming.quantize_model import quantize_model
@@ -71,19 +76,20 @@ def quantize(
     quiet_libraries()
     refuse_inputs_as_output(json_path, model, calibration)
     options = {**pass_options(k, budget, jobs, extra), "seed": seed, "progress": True}
-    if calibration is not None:
-        options["calibration"] = calibration_batches(model, calibration)
+    solved = decoupleq or {} if method == DECOUPLEQ else None
     row = quantize_model(
         Plugins.load(),
         model,
         backend,
-        WeightRequest(weights, granularity, group_size, scheme),
+        WeightRequest(weights, granularity, group_size, scheme, ROUND_TO_NEAREST if method == DECOUPLEQ else method),
         splitter,
         output,
         options,
         stream,
         scheduler,
         pretrained=True,
+        decoupleq=solved,
+        calibration=None if calibration is None else calibration_batches(model, calibration),
     )
     columns = (
         ("layers_split", "layers split", report.text),

@@ -93,12 +93,13 @@ def plan_runs(
     options: dict[str, Any] | None = None,
     methods: Sequence[str] = (ROUND_TO_NEAREST,),
     calibration: Sequence[dict[str, Tensor]] | None = None,
+    solver_options: dict[str, Any] | None = None,
 ) -> list[Run]:
     """Check every choice before anything is loaded, and return the runs in the order of the table.
 
-    `options` are those of SplitQuantPass. `methods` say how values are chosen, as the backends have them, or decoupleq;
-    one that needs `calibration` batches is an error without. An unsplit run does not depend on the seed, and is made
-    once.
+    `options` are those of SplitQuantPass, `solver_options` those of DecoupleQPass. `methods` say how values are chosen,
+    as the backends have them, or decoupleq; one that needs `calibration` batches is an error without. An unsplit run
+    does not depend on the seed, and is made once.
     """
     options = options or {}
     chosen = [plugins.backend(name) for name in backends]
@@ -106,7 +107,9 @@ def plan_runs(
         backend.require()
     if DECOUPLEQ in methods and calibration is None:
         raise ConfigError(f"method {DECOUPLEQ!r} {_NEEDS_CALIBRATION}")
-    solver = DecoupleQPass(calibration=calibration, plugins=plugins) if DECOUPLEQ in methods else None
+    solver = None
+    if DECOUPLEQ in methods:
+        solver = DecoupleQPass(calibration=calibration, plugins=plugins, **(solver_options or {}))
     formats = []
     for backend, request, method in product(chosen, requests, methods):
         own = ROUND_TO_NEAREST if method == DECOUPLEQ else method

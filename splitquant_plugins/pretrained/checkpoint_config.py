@@ -88,17 +88,6 @@ def _joined(given: Any) -> dict[str, JoinedLayer]:
 
 
 def _manifest(given: Manifest | dict[str, Any] | None) -> Manifest:
-    from pydantic import ValidationError
+    from splitquant_plugins.manifest import Manifest, manifest_from
 
-    from splitquant_plugins.manifest import Manifest
-
-    if isinstance(given, Manifest):
-        return given
-    try:
-        return Manifest.model_validate_json(json.dumps(given))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise InputError(
-            f"config.json: quantization_config.manifest is damaged or of another version: {where} {problem['msg']}"
-        ) from None
+    return given if isinstance(given, Manifest) else manifest_from(given, "config.json: quantization_config.manifest")

@@ -46,7 +46,7 @@ def read_recipe(path: Path, plugins: Plugins | None = None) -> Recipe:
     except UnicodeDecodeError:
         raise InputError(f"{path} is not text") from None
     try:
-        content = yaml.load(text, _Loader)  # noqa: S506 - a safe loader
+        content = yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     recipe = recipe_from(content, str(path), plugins)

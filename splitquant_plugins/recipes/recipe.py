@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from splitquant_plugins.config import SplitConfig
 from splitquant_plugins.decoupleq.config import DecoupleQConfig, decoupleq_config
+from splitquant_plugins.decoupleq.layers import UNSPLIT as DECOUPLEQ_ALONE
 from splitquant_plugins.errors import ConfigError, SplitQuantError
 from splitquant_plugins.manifest import Manifest
 from splitquant_plugins.passes.splitquant import SplitQuantPass
@@ -29,6 +30,7 @@ class Recipe(BaseModel):
     format: Literal[1] = 1
     backend: str | None = Field(None, description="quanto, inc, pt2e or simulated; see `splitquant plugins`")
     weights: str | None = Field(None, description="int2, int4 or int8")
+    quantizer: str | None = Field(None, description="a stock quantizer of the backend, instead of a weight format")
     granularity: Literal["tensor", "channel", "group"] | None = Field(None, description="what shares a scale")
     group_size: int | None = Field(None, ge=1, description="inputs that share a scale, with granularity group")
     scheme: Literal["affine", "symmetric"] | None = Field(None, description="default: the backend's best")
@@ -61,6 +63,8 @@ def recipe_from(content: Any, where: str, plugins: Plugins | None = None) -> Rec
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"][:1])
         raise ConfigError(f"{where}: {key}: {content.get(key)!r}: {problem['msg'].lower()}") from None
+    if recipe.split != UNSPLIT:
+        recipe = recipe.model_copy(update={"split": _lists(recipe.options())})
     plugins = plugins or Plugins.load()
     if recipe.backend is not None:
         refuse_unknown([recipe.backend], plugins.backends, f"{where}: backend")
@@ -81,7 +85,7 @@ def recipe_of(manifest: Manifest) -> Recipe:
     a manifest, and have to be named again.
     """
     split: dict[str, Any] | Literal["none"] = UNSPLIT
-    if manifest.config.splitter and (manifest.split or manifest.values is None):
+    if manifest.config != DECOUPLEQ_ALONE:
         split = {**manifest.config.model_dump(mode="json", exclude_defaults=True), **_plain(manifest.splitter_options)}
         if manifest.config.budget is not None:
             split.pop("k", None)
@@ -105,6 +109,12 @@ def _with_place(make: Any, where: str) -> None:
         make()
     except SplitQuantError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def _lists(options: dict[str, Any]) -> dict[str, Any]:
+    """A single pattern as a list of one, as the pass takes it too."""
+    listed = {name for name, field in SplitConfig.model_fields.items() if get_origin(field.annotation) is tuple}
+    return {key: [each] if key in listed and isinstance(each, str) else each for key, each in _plain(options).items()}
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

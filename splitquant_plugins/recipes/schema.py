@@ -18,7 +18,7 @@ PATH = Path(__file__).with_name("recipe.schema.json")
 def schema() -> dict[str, Any]:
     """Return the schema. Options of splitters from other packages are not in it, and therefore allowed."""
     made = Recipe.model_json_schema()
-    plugins = Plugins.load({"SPLITQUANT_BLOCK": ""})
+    plugins = Plugins.load({})
     split = SplitConfig.model_json_schema()
     for name, registered in sorted(plugins.splitters.items()):
         if registered.plugin == "splitters":

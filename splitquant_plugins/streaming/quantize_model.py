@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,13 @@ from splitquant_plugins.checkpoints.files import refuse_output_folder
 from splitquant_plugins.checkpoints.pretrained_config import saves_itself
 from splitquant_plugins.checkpoints.source import is_sharded
 from splitquant_plugins.checkpoints.transformers_models import load_model
+from splitquant_plugins.decoupleq.decoupleq_pass import DecoupleQPass
 from splitquant_plugins.errors import ConfigError, InputError, first_line
+from splitquant_plugins.evaluation.compare import DECOUPLEQ, UNSPLIT
 from splitquant_plugins.evaluation.coverage import coverage, float_tensors
 from splitquant_plugins.evaluation.disk_bits import bits_saved
 from splitquant_plugins.manifest import manifest_of
+from splitquant_plugins.passes.base import ModelPass
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.plugins import Plugins
 from splitquant_plugins.streaming.run import stream_model
@@ -54,30 +57,50 @@ def quantize_model(
     scheduler: str | None = None,
     *,
     pretrained: bool = False,
+    decoupleq: dict[str, Any] | None = None,
+    calibration: Sequence[Batch] | None = None,
 ) -> dict[str, Any]:
     """Split and quantize a transformers model and save it into `output`, which must not exist yet.
 
     With `stream`, a folder's safetensors are worked on layer by layer, and the model is never in memory; None
     streams a sharded checkpoint where backend and options can. `scheduler` is the address of a Dask scheduler whose
     workers do the streaming. With `pretrained`, what is not streamed is saved by the model's `save_pretrained`, else by
-    the backend's `save`, as what is streamed. Returns a row of figures. Everything that the arguments can be wrong in
-    is checked before work begins.
+    the backend's `save`, as what is streamed. `decoupleq` are the options of DecoupleQPass, which then chooses the
+    values; it, splitters and methods that need them use the batches `calibration`. Returns a row of figures. Everything
+    that the arguments can be wrong in is checked before work begins.
     """
     chosen = plugins.backend(backend)
     chosen.require()
     form = chosen.resolve(request)
-    first = None if splitter == "none" else SplitQuantPass(splitter=splitter, plugins=plugins, **options)
-    if first is None:
+    first = None
+    if splitter != UNSPLIT:
+        used_later = decoupleq is not None or form.method in chosen.calibrated
+        given = calibration if plugins.splitter(splitter).uses_calibration or not used_later else None
+        own = options if given is None else {**options, "calibration": given}
+        first = SplitQuantPass(splitter=splitter, plugins=plugins, **own)
+    solver = None if decoupleq is None else DecoupleQPass(calibration=calibration, plugins=plugins, **decoupleq)
+    if form.method in chosen.calibrated and calibration is None:
+        raise ConfigError(f"method {form.method!r} of backend {backend} needs calibration data: give --calibration")
+    if first is None and solver is None:
         raise ConfigError("split 'none': a plain model is saved by the backend's own tools; choose a splitter")
     refuse_output_folder(output)
+    whole_model = solver is not None or form.method in chosen.calibrated or first is None
     if scheduler is not None:
         if stream is False:
             raise ConfigError("a scheduler works on checkpoints that are streamed; leave out --no-stream")
         stream = True
+    if stream and whole_model:
+        raise ConfigError("decoupleQ and methods that run calibration data need the whole model; leave out --stream")
     if stream is None:
-        needs_model = first.calibration is not None or first.config.activations
+        needs_model = whole_model or first is None or first.calibration is not None or first.config.activations
         stream = is_sharded(model) and chosen.packer(form) is not None and not needs_model
-    figures = partial(_stream, scheduler=scheduler) if stream else partial(_in_memory, pretrained=pretrained)
+    if stream:
+        assert first is not None
+        figures = _stream(chosen, model, form, first, output, scheduler=scheduler)
+    else:
+        passes: Any = first if solver is None else solver if first is None else first + solver
+        batches = calibration if form.method in chosen.calibrated else None
+        figures = _in_memory(chosen, model, form, passes, output, batches, pretrained=pretrained)
     return {
         "model": model,
         "output": str(output),
@@ -87,21 +110,38 @@ def quantize_model(
         "group_size": form.group_size,
         "scheme": form.scheme,
         "split": splitter,
-        "k": first.config.k,
-        "seed": first.config.seed,
+        "method": form.method if solver is None else DECOUPLEQ,
+        "k": 1 if first is None else first.config.k,
+        "seed": options.get("seed", 0),
         "streamed": stream,
-        **figures(chosen, model, form, first, output),
+        **figures,
         "tokenizer_files": [name for name in TOKENIZER_FILES if (output / name).is_file()],
     }
 
 
+def _recipe(chosen: Backend, form: WeightFormat) -> dict[str, object]:
+    """What a recipe file says of the backend and the weight format."""
+    found = {"granularity": form.granularity, "group_size": form.group_size, "scheme": form.scheme}
+    known: dict[str, object] = {name: value for name, value in found.items() if value is not None}
+    return {"backend": chosen.name, "weights": form.weights, **known, "method": form.method}
+
+
 def _in_memory(
-    chosen: Backend, model: str, form: WeightFormat, first: SplitQuantPass, output: Path, *, pretrained: bool
+    chosen: Backend,
+    model: str,
+    form: WeightFormat,
+    first: ModelPass,
+    output: Path,
+    batches: Sequence[Batch] | None,
+    *,
+    pretrained: bool,
 ) -> dict[str, Any]:
     loaded = load_model(model)
     tensors = float_tensors(loaded)
     with _appearing(output) as temporary:
-        quantized = chosen.quantize(loaded, form, first, [example_batch(loaded)])
+        quantized = chosen.quantize(loaded, form, first, batches or [example_batch(loaded)])
+        if quantized.manifest is not None:
+            quantized.manifest.recipe = _recipe(chosen, form)
         source = _folder_of(model)
         with _writing(output):
             _save(chosen, quantized, temporary, pretrained=pretrained)
@@ -139,6 +179,8 @@ def _stream(
         raise InputError(f"{model} is not a folder, and only local checkpoints are streamed; download it first")
     extras = partial(_copy_files, folder)
     made = stream_model(folder, output, first, chosen, form, extras=extras, scheduler=scheduler)
+    made.manifest.recipe = _recipe(chosen, form)
+    made.manifest.save(output)
     return {
         "layers_split": len(made.manifest.split),
         "layers_quantized": made.packed,

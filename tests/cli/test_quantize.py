@@ -33,8 +33,8 @@ def test_a_failure_while_saving_names_the_output_and_leaves_nothing(
         (folder / "half").write_text("")
         raise OSError(28, "No space left on device", str(folder / "model.safetensors"))
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
     folder = classifier()
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
     line = fails("quantize", folder, "--output", tmp_path / "made" / "out")
     assert f"cannot write {tmp_path / 'made' / 'out'}: No space left on device" in line
     assert not list((tmp_path / "made").iterdir())
@@ -96,7 +96,8 @@ def test_what_is_made_loads_with_from_pretrained_and_with_the_adapter(
     (row,) = json.loads(rows.read_text())
     # Of three codes of 2 bits, one is on disk, and 1.6 bits of which it is; and whole bytes per layer.
     assert row["bits_per_weight"] - row["disk_bits_per_weight"] == pytest.approx(
-        6 - 3.6, abs=0.2 * (backend == "inc") + 0.05
+        6 - 3.6,
+        abs=0.5 if backend == "inc" else 0.05,  # INC fills words of 32 bits
     )
     tokens = torch.arange(12).reshape(2, 6)
     with torch.no_grad():

@@ -32,9 +32,9 @@ def logits(model, *inputs):
 
 @pytest.fixture
 def split(plugins):
-    def make(recipe, model=None, tokens=None):
+    def make(recipe, model=None, tokens=None, splitter="kmeans"):
         model = model or transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).eval()
-        prepared = inc.prepare(model, SplitQuantPass(plugins=plugins, splitter="kmeans") + recipe)
+        prepared = inc.prepare(model, SplitQuantPass(plugins=plugins, splitter=splitter) + recipe)
         if tokens is not None:
             prepared(tokens)
         return inc.convert(prepared)
@@ -79,7 +79,7 @@ def test_conv1d_comes_back(split, models, tokens, tmp_path):
     ],
 )
 def test_a_layer_that_config_json_describes_wrongly_is_an_error(split, tmp_path, change, error, problem):
-    split(RECIPES["rtn"]()).save_pretrained(tmp_path)
+    split(RECIPES["rtn"](), splitter="halve").save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"]["layers"]["model.layers.0.mlp.up_proj.upper"].update(change)
