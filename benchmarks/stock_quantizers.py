@@ -150,7 +150,7 @@ def render(stored: Mapping[str, Any]) -> str:
         f"ResNet-20 on CIFAR-10, the first {first['n']} test images, one run, calibrated on {CALIBRATION} images; "
         f"float accuracy {100 * first['float_accuracy']:.2f} %. `auto` is `SplitQuantPass(k=k) + quantizer`. dB: the "
         "logits against the float model's. Layers: how many are split; what would not gain stays whole, with its "
-        f"reason in the manifest. Accuracies within {_interval(first):.1f} points of each other do not differ at 95 %. "
+        f"reason in the manifest. An accuracy is known to ±{_interval(first):.1f} points (95 %). "
         f"{used}; CPU.",
         "",
         "| quantizer | what | k | plain | auto | layers split |",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -81,6 +82,7 @@ class Pt2eBackend(Backend):
         """
         from splitquant_pt2e.compat import convert_pt2e, prepare_pt2e
         from splitquant_pt2e.layers import NAME, stamp_names
+        from splitquant_pt2e.quiet import quiet
         from splitquant_pt2e.stored_layers import stored_weights
 
         given = list(batches) if chosen.quantizer is not None else []
@@ -105,7 +107,7 @@ class Pt2eBackend(Backend):
             if before is not None:
                 graph.meta[ATTRIBUTE] = manifest_of(exported)
             quantizer = _quantizer(chosen)
-            with torch.no_grad():
+            with torch.no_grad(), quiet() if chosen.quantizer is not None else nullcontext():
                 prepared = prepare_pt2e(graph, quantizer if first is None or before is not None else first + quantizer)
                 prepared(**example)  # the observers see the weights in a forward
                 for batch in given[1:]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -22,6 +19,7 @@ from splitquant_plugins.manifest import manifest_of
 from splitquant_plugins.passes.base import ModelPass
 from splitquant_pt2e import stock_quantizers
 from splitquant_pt2e.compat import convert_pt2e, prepare_pt2e
+from splitquant_pt2e.quiet import quiet
 
 Inputs = tuple[Tensor, ...]
 _CYCLES = re.compile(r"^Total cycles\s+(\d+) cycles/batch", re.MULTILINE)  # as vela prints them, for each delegate
@@ -58,7 +56,7 @@ def export_program(
         quantizer = integer_parts(quantizer)
     example = batches[0]
     strict = stock_quantizers.STOCK[chosen.quantizer].strict if strict is None else strict
-    with _quiet() as said, torch.no_grad():
+    with quiet() as said, torch.no_grad():
         graph = _step("torch.export cannot trace the model", lambda: _exported(model, example, strict))
         prepared = _step(f"{type(plain).__name__} cannot annotate the model", lambda: prepare_pt2e(graph, quantizer))
         _step("the model cannot be run on its calibration batches", lambda: [prepared(*batch) for batch in batches])
@@ -107,15 +105,6 @@ def _step(what: str, work: Callable[[], Any]) -> Any:
         raise
     except Exception as error:  # vendors' compilers raise whatever they like
         raise InputError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[io.StringIO]:
-    """Keep what compilers print, and their warnings, away from the user; the text is handed out."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield said
 
 
 def _delegated(partitioner: Callable[[], Any]) -> Callable[[torch.export.ExportedProgram, Any], Any]:
