@@ -21,6 +21,7 @@ NAMES = (
     "checkpoint",
     "cluster",
     "latency",
+    "sparse_parts",
     "restricted_grids",
     "causal_lm",
 )

@@ -40,6 +40,14 @@ def test_latency() -> None:
     assert all(row["ms"] > 0 for row in rows)
 
 
+def test_sparse_parts() -> None:
+    import sparse_parts
+
+    rows = sparse_parts.run(smoke=True)
+    assert [row["parts"] for row in rows] == ["dense", "sparse", "outer sparse", "fused"] * 2
+    assert sum(map(float, rows[0]["share of weights"].split("/"))) > 0.99
+
+
 def test_causal_lm() -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("neural_compressor.torch")
