@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 import torch
 from torch import nn
 
+from splitquant_plugins.checkpoints.coverage import note_quantized
 from splitquant_plugins.checkpoints.tensors import state_bytes
 from splitquant_plugins.errors import ConfigError, MissingExtraError
 from splitquant_plugins.manifest import Manifest, manifest_of
@@ -154,13 +155,17 @@ def quantized_by(
     started = time.perf_counter()
     model = work()
     seconds = time.perf_counter() - started
+    stored = layers(model)
+    manifest = manifest_of(model) if first is not None else None
+    if manifest is not None:
+        note_quantized(manifest, stored)
     return QuantizedModel(
         model=model,
         run=run(model),
-        layers=layers(model),
+        layers=stored,
         state_bytes=state_bytes(state(model)),
         seconds=seconds,
-        manifest=manifest_of(model) if first is not None else None,
+        manifest=manifest,
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from splitquant_plugins.checkpoints.coverage import Coverage
 from splitquant_plugins.checkpoints.files import write_text
 from splitquant_plugins.checkpoints.pretrained_config import describe_to_transformers
 from splitquant_plugins.config import SplitConfig
@@ -117,6 +118,7 @@ class Manifest(BaseModel):
     splitter_options: dict[str, object] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
     layers: list[LayerRecord] = Field(default_factory=list)
+    coverage: Coverage | None = None
     values: dict[str, object] | None = None
     recipe: dict[str, object] | None = None
     seconds: float = 0.0

@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 
 from splitquant_inc.packing import PackedHqq, PackedInc, Storage, empty_module, packed_layer
 from splitquant_inc.stored_layers import quantized_layers
+from splitquant_plugins.checkpoints.coverage import note_quantized
 from splitquant_plugins.checkpoints.files import write_json
 from splitquant_plugins.checkpoints.pretrained_config import is_pretrained, plain_configuration
 from splitquant_plugins.checkpoints.source import SINGLE_FILE
@@ -30,6 +31,7 @@ from splitquant_plugins.checkpoints.transformers_models import (
 )
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
 from splitquant_plugins.manifest import ATTRIBUTE, FILE_NAME, Manifest
+from splitquant_plugins.modules import layer_of_part
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d, replace_module
 from splitquant_plugins.passes.rebuild import apply_manifest
 
@@ -59,6 +61,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     write_description(folder, model, layers, same_as)
     manifest = getattr(model, ATTRIBUTE, None)
     if manifest is not None:
+        note_quantized(manifest, {layer_of_part(model).get(name, name) for name in layers})
         manifest.save(folder)
     else:  # that of a split model that was saved here before
         (folder / FILE_NAME).unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from splitquant_plugins.checkpoints.coverage import note_quantized
 from splitquant_plugins.checkpoints.files import read_json, write_json
 from splitquant_plugins.checkpoints.headers import TensorSpec
 from splitquant_plugins.checkpoints.pretrained_config import is_pretrained, plain_configuration
@@ -35,7 +36,7 @@ from splitquant_plugins.checkpoints.transformers_models import (
 )
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
 from splitquant_plugins.manifest import FILE_NAME, Manifest, manifest_of
-from splitquant_plugins.modules import SplitModule
+from splitquant_plugins.modules import SplitModule, layer_of_part
 from splitquant_plugins.passes.rebuild import apply_manifest
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_quanto.grid import group_size_of
@@ -79,6 +80,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # The manifest is written last, and `load` wants it first: a folder whose saving broke off does not load.
     (folder / FILE_NAME).unlink(missing_ok=True)
+    layers = layer_of_part(model)
+    note_quantized(manifest, {layers.get(name, name) for name in qmap})
     state, same_as = untied_state(model.state_dict())
     write_tensors(folder / SINGLE_FILE, state)
     write_description(folder, model, qmap, same_as)

@@ -45,5 +45,18 @@ def is_pretrained(folder: Path) -> bool:
 
 
 def plain_configuration(config: Any) -> dict[str, Any]:
-    """Return a transformers configuration as JSON takes it, without what is said in it of a split."""
-    return {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+    """Return a transformers configuration as JSON takes it.
+
+    What is said in it of a split is left out, and where on this machine the float model was.
+    """
+    return {key: _without_origin(value) for key, value in config.to_dict().items() if key not in NOT_KEPT}
+
+
+NOT_KEPT = ("quantization_config", "_name_or_path")
+
+
+def _without_origin(value: Any) -> Any:
+    """Leave it out of the configurations within a configuration, too."""
+    if isinstance(value, dict):
+        return {key: _without_origin(inner) for key, inner in value.items() if key != "_name_or_path"}
+    return value

@@ -94,10 +94,10 @@ def compare(
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from splitquant_plugins.backends import WeightRequest
+    from splitquant_plugins.checkpoints.coverage import coverage_of, sentences
     from splitquant_plugins.evaluation import compare as comparison
     from splitquant_plugins.evaluation import tables as report
     from splitquant_plugins.evaluation.choices import summary
-    from splitquant_plugins.evaluation.coverage import sentences
     from splitquant_plugins.evaluation.thresholds import failures, parse_thresholds
     from splitquant_plugins.plugins import Plugins
 
@@ -138,7 +138,7 @@ def compare(
     for row in rows:
         if row["choices"]:
             click.echo(f"{row['backend']} {row['weights']} {row['split']}: {summary(row['choices'])}")
-    for line in sentences(min(rows, key=lambda row: row["quantized_share"])):
+    for line in sentences(coverage_of(min(rows, key=lambda row: row["quantized_share"]))):
         click.echo(line)
     report.write_rows(json_path, rows)
     below = failures(gate, rows)

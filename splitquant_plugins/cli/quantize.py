@@ -67,9 +67,9 @@ def quantize(
     and for the backend's adapter; one that is streamed, for the adapter.
     """
     from splitquant_plugins.backends import ROUND_TO_NEAREST, WeightRequest
+    from splitquant_plugins.checkpoints.coverage import coverage_of, sentences
     from splitquant_plugins.evaluation import tables as report
     from splitquant_plugins.evaluation.compare import DECOUPLEQ, calibration_batches
-    from splitquant_plugins.evaluation.coverage import sentences
     from splitquant_plugins.plugins import Plugins
     from splitquant_plugins.streaming.quantize_model import quantize_model
 
@@ -101,7 +101,7 @@ def quantize(
         ("quantize_seconds", "quantize s", report.two_decimals),
     )
     report.print_table(f"{model} in {output}: {backend} {weights}, split {splitter}", [row], columns)
-    for line in sentences(row) if "left_float" in row else ():
+    for line in sentences(coverage_of(row)):
         click.echo(line)
     if not row["tokenizer_files"]:
         click.echo(f"{model} has no tokenizer files, and so {output} has none; the model itself is complete")

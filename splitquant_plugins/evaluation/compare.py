@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from splitquant_plugins.backends import ROUND_TO_NEAREST, Backend, QuantizedModel, WeightFormat, WeightRequest, run_of
+from splitquant_plugins.checkpoints.coverage import coverage, float_tensors
 from splitquant_plugins.checkpoints.transformers_models import (
     load_classifier,
     load_config,
@@ -21,7 +22,6 @@ from splitquant_plugins.checkpoints.transformers_models import (
 from splitquant_plugins.decoupleq.decoupleq_pass import DecoupleQPass
 from splitquant_plugins.errors import ConfigError, InputError, first_line
 from splitquant_plugins.evaluation.choices import choices
-from splitquant_plugins.evaluation.coverage import coverage, float_tensors
 from splitquant_plugins.evaluation.disk_bits import bits_saved
 from splitquant_plugins.evaluation.metrics import Measures, accuracy, logits_of, measure, tokenize
 from splitquant_plugins.evaluation.peak_memory import PeakMemory
@@ -220,6 +220,8 @@ def row_of(subject: Subject, run: Run) -> dict[str, Any]:
     with PeakMemory() as memory:
         quantized = run.backend.quantize(model, run.format, run.first, run.calibration or subject.batches)
     logits = logits_of(quantized.run, subject.batches)
+    covered = quantized.manifest.coverage if quantized.manifest else None
+    covered = covered or coverage(tensors, quantized.layers, quantized.manifest)
     measures = measure(quantized, subject.model, subject.logits, logits, subject.data.labels)
     return {
         "model": subject.name,
@@ -244,7 +246,7 @@ def row_of(subject: Subject, run: Run) -> dict[str, Any]:
         "seconds": quantized.seconds,
         "peak_mb": memory.megabytes,
         "layers_split": len(quantized.manifest.split) if quantized.manifest else 0,
-        **coverage(tensors, quantized.layers, quantized.manifest),
+        **covered.model_dump(mode="json", exclude={"values"}),
         "choices": choices(quantized.manifest),
         "layers_solved": len(quantized.manifest.solved) if quantized.manifest else 0,
         "seed": run.seed,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from joblib import Parallel, delayed
 from torch import Tensor, nn
 
+from splitquant_plugins.checkpoints.coverage import coverage, float_tensors
 from splitquant_plugins.checkpoints.transformers_models import forget_tied_embeddings
 from splitquant_plugins.config import SplitConfig, config_from, validated
 from splitquant_plugins.errors import ConfigError, SplitQuantWarning
@@ -132,12 +133,14 @@ class SplitQuantPass(ModelPass):
         manifest, started = new_manifest(self.config, self.splitter_options.model_dump()), time.perf_counter()
         with restored_on_error(model):
             manifest.notes += self.plugins.prepare_model(model, self.config)
+            tensors = float_tensors(model)
             layers = self._select(model, ignore, manifest)
-            for layer, tensors in self.split_layers(model, layers, grid):
-                module = self._build(layer, tensors)
-                checked = check_split(layer.name, layer.plan, tensors)
+            for layer, parts in self.split_layers(model, layers, grid):
+                module = self._build(layer, parts)
+                checked = check_split(layer.name, layer.plan, parts)
                 model = model if checked.reason else replace_everywhere(model, layer.names, module)
                 self._record(manifest, layer_record(layer.names, layer.plan, checked))
+            manifest.coverage = coverage(tensors, None, manifest)
             return self._finish(model, manifest, started)
 
     def _select(self, model: nn.Module, ignore: Sequence[str], manifest: Manifest) -> list[Layer]:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from splitquant_plugins.backends import Backend, Batch, QuantizedModel, WeightFormat, WeightRequest
+from splitquant_plugins.checkpoints.coverage import Coverage, coverage, float_tensors
 from splitquant_plugins.checkpoints.files import refuse_output_folder
 from splitquant_plugins.checkpoints.pretrained_config import saves_itself
 from splitquant_plugins.checkpoints.source import is_sharded
@@ -21,7 +22,6 @@ from splitquant_plugins.checkpoints.transformers_models import load_model
 from splitquant_plugins.decoupleq.decoupleq_pass import DecoupleQPass
 from splitquant_plugins.errors import ConfigError, InputError, first_line
 from splitquant_plugins.evaluation.compare import DECOUPLEQ, UNSPLIT
-from splitquant_plugins.evaluation.coverage import coverage, float_tensors
 from splitquant_plugins.evaluation.disk_bits import bits_saved
 from splitquant_plugins.manifest import manifest_of
 from splitquant_plugins.passes.base import ModelPass
@@ -146,13 +146,15 @@ def _in_memory(
         with _writing(output):
             _save(chosen, quantized, temporary, pretrained=pretrained)
             _copy_files(source, temporary)
+    covered = quantized.manifest.coverage if quantized.manifest else None
+    covered = covered or coverage(tensors, quantized.layers, quantized.manifest)
     stored = [part for parts in quantized.layers.values() for part in parts]
     weights = sum(parts[0].weight.numel() for parts in quantized.layers.values())
     less = bits_saved(quantized, chosen) if pretrained and saves_itself(quantized.model) else 0
     return {
         "layers_split": len(quantized.manifest.split) if quantized.manifest else 0,
         "layers_quantized": quantized.layers_quantized,
-        **coverage(tensors, quantized.layers, quantized.manifest),
+        **_shares(covered),
         "bits_per_weight": sum(part.bits for part in stored) / weights,
         "disk_bits_per_weight": (sum(part.bits for part in stored) - less) / weights,
         "model_bytes": quantized.state_bytes,
@@ -189,9 +191,14 @@ def _stream(
         "model_bytes": made.bytes,
         "split_seconds": made.split_seconds,
         "quantize_seconds": made.pack_seconds,
+        **_shares(made.coverage),
         "shards": made.shards,
         "shards_found_done": made.shards_found_done,
     }
+
+
+def _shares(found: Coverage) -> dict[str, Any]:
+    return found.model_dump(mode="json", exclude={"values"})
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from splitquant_plugins.backends import Backend, Packer, WeightFormat
+from splitquant_plugins.checkpoints.coverage import Coverage, coverage, float_tensors
 from splitquant_plugins.checkpoints.files import write_json
 from splitquant_plugins.checkpoints.source import INDEX_FILE, Source
 from splitquant_plugins.checkpoints.transformers_models import forget_tied_embeddings
@@ -36,6 +37,7 @@ class Streamed:
     """What was made: figures over all layers, those of shards that were done before included."""
 
     manifest: Manifest
+    coverage: Coverage
     packed: int
     bits: int
     weights: int
@@ -170,6 +172,8 @@ def _conclude(
     ignored = [ignored_record(layer.names, str(layer.reason), layer.kind) for layer in layout.ignored]
     layers = [*ignored, *(by_name[name] for name in layout.order)]
     manifest = new_manifest(first.config, first.splitter_options.model_dump(), layers=layers)
+    whole = {name for units in shards.units for unit in units if unit.kind != "copy" for name in unit.names}
+    manifest.coverage = coverage(float_tensors(layout.model), whole, manifest)
     manifest.seconds = sum(layer.seconds for layer in layers)
     if first.config.untie_embeddings:
         forget_tied_embeddings(layout.model)
@@ -187,6 +191,7 @@ def _conclude(
     shards.place.publish()
     return Streamed(
         manifest=manifest,
+        coverage=manifest.coverage,
         packed=len(packed),
         bits=sum(record.bits for record in records),
         weights=sum(record.weights for record in records),

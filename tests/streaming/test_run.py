@@ -82,8 +82,12 @@ def test_it_is_what_the_model_in_memory_becomes(
         rows.append(quantize_model(plugins, str(folder), "quanto", request, "kmeans", output, dict(options), stream))
     whole, streamed = rows
     assert (whole["streamed"], streamed["streamed"]) == (False, True)
-    for column in ("layers_split", "layers_quantized", "bits_per_weight", "model_bytes", "k", "scheme"):
+    figures = ("layers_split", "layers_quantized", "bits_per_weight", "model_bytes", "k", "scheme")
+    for column in (*figures, "split_share", "quantized_share", "left_float"):
         assert streamed[column] == whole[column]
+    noted = Manifest.load(tmp_path / "None").coverage.model_dump(mode="json")
+    assert noted["values"] > 0 < noted["quantized_share"] < 1
+    assert noted["left_float"] == whole["left_float"]
     assert_same_folders(tmp_path / "False", tmp_path / "None", read_all)
     assert (tmp_path / "None" / "tokenizer.json").is_file()
     assert not (tmp_path / "None.partial").exists()
@@ -475,6 +479,12 @@ def test_the_command_line(checkpoints, tmp_path, capsys):
     assert command(arguments) == 0
     (row,) = json.loads((tmp_path / "row.json").read_text())
     assert row["streamed"] is True
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if "Of the model's values" in line or "stays float" in line]
+    shares = f"{row['quantized_share']:.1%} quantized and {row['split_share']:.1%} split."
+    assert lines[0] == f"Of the model's values, {shares}"
+    assert len(lines) == 1 + len(row["left_float"])
+    assert "looked up" in lines[1]
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
     assert command([*arguments[:3], str(tmp_path / "memory"), "--no-stream"]) == 0
     assert (tmp_path / "memory" / "model.safetensors").is_file()
