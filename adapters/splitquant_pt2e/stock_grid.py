@@ -27,7 +27,10 @@ def stock_grid(name: str) -> Grid:
         graph = quantizer.transform_for_annotation(exported) or exported
         quantizer.annotate(graph)
     found = [(resolved(input_spec(call.node, call.weight)), call.axis) for call in layer_calls(graph)]
-    grids = [grid_of_spec(spec, axis) for spec, axis in found if spec is not None]
+    try:
+        grids = [grid_of_spec(spec, axis) for spec, axis in found if spec is not None]
+    except ConfigError as error:
+        raise ConfigError(f"stock quantizer {name!r} rounds weights to a grid that cannot be told: {error}") from error
     if not grids:
         raise ConfigError(f"stock quantizer {name!r} quantizes no weight of a convolution or Linear")
     return grids[-1]

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from splitquant_pt2e import Pt2eGrid, grid_of_spec
-from splitquant_pt2e.annotation import input_spec, resolved
-from splitquant_pt2e.layers import layer_calls
+from splitquant_pt2e import Pt2eGrid
 from splitquant_pt2e.programs import TARGETS, export_program
+from splitquant_pt2e.stock_grid import stock_grid
 from splitquant_pt2e.stock_quantizers import STOCK, installed, make
 from torch import nn
 
@@ -46,17 +45,14 @@ def net():
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_the_grid_of_a_stock_quantizer_is_closed(net, name):
+def test_the_grid_of_a_stock_quantizer_is_closed(name):
     if reason := installed(name):
         pytest.skip(reason)
-    graph = torch.export.export(net, (torch.randn(2, 3, 8, 8),), strict=True).module(check_guards=False)
-    quantizer = make(name)
-    graph = quantizer.transform_for_annotation(graph) or graph
-    quantizer.annotate(graph)
-    specs = [(resolved(input_spec(call.node, call.weight)), call.axis) for call in layer_calls(graph)]
-    grids = [grid_of_spec(spec, axis) for spec, axis in specs if spec is not None]
-    assert grids
-    assert all(isinstance(grid, Pt2eGrid) for grid in grids)
+    if name == "openvino-int4":  # its observers answer with codes, and no scale for every channel
+        with pytest.raises(ConfigError, match=r"'openvino-int4' rounds weights to a grid that cannot be told"):
+            stock_grid(name)
+    else:
+        assert isinstance(stock_grid(name), Pt2eGrid)
 
 
 @pytest.mark.parametrize("target", TARGETS)
