@@ -30,13 +30,15 @@ def test_whole_pass() -> None:
     assert resnet["layers split"] == 21
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torchao's own
 def test_latency() -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("optimum.quanto")
+    pytest.importorskip("torchao")
     import latency
 
     rows = latency.run(smoke=True)
-    assert len(rows) == 6
+    assert len(rows) == 8 + 8 + 4
     assert all(row["ms"] > 0 for row in rows)
 
 
@@ -46,6 +48,21 @@ def test_sparse_parts() -> None:
     rows = sparse_parts.run(smoke=True)
     assert [row["parts"] for row in rows] == ["dense", "sparse", "outer sparse", "fused"] * 2
     assert sum(map(float, rows[0]["share of weights"].split("/"))) > 0.99
+
+
+def test_a_stacked_layer_computes_what_the_split_one_does() -> None:
+    import latency
+    import torch
+
+    from splitquant_plugins import SplitQuantPass
+
+    torch.manual_seed(0)
+    split = SplitQuantPass(k=3)(torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4, bias=False)).eval())
+    inputs = torch.randn(2, 3, 6)
+    expected = split(inputs)
+    stacked = latency.stack(split)
+    assert [type(layer) for layer in stacked] == [latency.Stacked, latency.Stacked]
+    assert torch.allclose(stacked(inputs), expected, atol=1e-6)
 
 
 def test_causal_lm() -> None:

@@ -82,7 +82,10 @@ def checkpoints(tmp_path: Path) -> SimpleNamespace:
 
 @pytest.fixture
 def stream(plugins: Any, tmp_path: Path) -> Callable[..., Any]:
-    """Stream a checkpoint, with quanto unless told; options are those of the pass and of `stream_model`."""
+    """Stream a checkpoint, with quanto and k-means, the quickest, unless told.
+
+    Options are those of the pass and of `stream_model`.
+    """
     from splitquant_plugins import SplitQuantPass
     from splitquant_plugins.backends import WeightRequest
     from splitquant_plugins.streaming.run import stream_model
@@ -98,7 +101,7 @@ def stream(plugins: Any, tmp_path: Path) -> Callable[..., Any]:
         backend = plugins.backend(backend_name)
         form = backend.resolve(WeightRequest(weights))
         own = {key: options.pop(key) for key in ("working_bytes", "extras", "scheduler") if key in options}
-        first = SplitQuantPass(plugins=plugins, **options)
+        first = SplitQuantPass(plugins=plugins, **{"splitter": "kmeans", **options})
         return stream_model(folder, tmp_path / name, first, backend, form, shard_bytes=shard_bytes, **own)
 
     return run

@@ -180,9 +180,9 @@ def test_a_checkpoint_in_another_dtype_than_the_configuration_says(checkpoints, 
 
 def test_several_threads_and_a_small_budget_give_the_same(checkpoints, stream, tmp_path, read_all):
     folder = checkpoints.save(checkpoints.llama())
-    stream(folder, "one")
-    stream(folder, "two", jobs=2, working_bytes=1)
-    stream(folder, "three", jobs=-1)
+    stream(folder, "one", splitter="auto", k=2)
+    stream(folder, "two", splitter="auto", k=2, jobs=2, working_bytes=1)
+    stream(folder, "three", splitter="auto", k=2, jobs=-1)
     assert_same_folders(tmp_path / "one", tmp_path / "two", read_all)
     assert_same_folders(tmp_path / "one", tmp_path / "three", read_all)
 
@@ -285,8 +285,8 @@ def killing(self, *arguments):
         self._file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
 ShardWriter._append = killing
-stream_model(Path(sys.argv[1]), Path(sys.argv[2]), SplitQuantPass(plugins=plugins), backend, form,
-             shard_bytes=20_000)
+first = SplitQuantPass(splitter="kmeans", plugins=plugins)
+stream_model(Path(sys.argv[1]), Path(sys.argv[2]), first, backend, form, shard_bytes=20_000)
 """
 
 
