@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from splitquant_plugins.errors import ConfigError, MissingExtraError
+from splitquant_pt2e.integer_scalars import leaving_integers
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def installed(name: str) -> str | None:
 def _xnnpack(channel: bool) -> Callable[[Any], Any]:
     def build(home: Any) -> Any:
         config = home.get_symmetric_quantization_config(is_per_channel=channel)
-        return home.XNNPACKQuantizer().set_global(config)
+        return leaving_integers(home.XNNPACKQuantizer)().set_global(config)
 
     return build
 
