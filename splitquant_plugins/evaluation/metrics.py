@@ -74,7 +74,7 @@ def ratio_db(signal: float, noise: float) -> float:
         return -300.0
     if noise <= 0 or signal <= 0:
         return 300.0 if noise <= 0 else -300.0
-    return max(-300.0, min(300.0, 10 * math.log10(signal / noise)))
+    return max(-300.0, min(300.0, 10 * (math.log10(signal) - math.log10(noise))))
 
 
 def measure(

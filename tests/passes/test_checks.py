@@ -79,3 +79,45 @@ def test_parts_of_another_kind_are_found(part):
 def test_the_number_of_parts(number):
     with pytest.raises(SplitFailedError, match=f"made {number} parts of k = 2"):
         check_parts("w", torch.zeros(2), [torch.zeros(2)] * number, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_tolerance_is_the_rounding_of_the_additions(dtype, k):
+    """One unit of the largest part for each addition is allowed, and nothing more."""
+    eps = torch.finfo(dtype).eps
+    tensor = torch.ones(8, dtype=dtype)
+    rest = [torch.zeros(8, dtype=dtype)] * (k - 2)
+    within, beyond = tensor.clone(), tensor.clone()
+    within[3] += (k - 1) * eps
+    beyond[3] += k * eps
+    zeros = torch.zeros(8, dtype=dtype)
+    check_parts("w", tensor, [within, zeros, *rest], k)
+    with pytest.raises(SplitFailedError, match=f"w: the parts miss the tensor by up to {k * eps:.3g}"):
+        check_parts("w", tensor, [beyond, zeros, *rest], k)
+
+
+def test_one_part_has_to_be_the_tensor_itself():
+    tensor = torch.ones(4)
+    with pytest.raises(SplitFailedError):
+        check_parts("w", tensor, [tensor + torch.finfo(torch.float32).eps], 1)
+
+
+def test_parts_that_are_not_contiguous_are_checked_too():
+    tensor = torch.randn(6, 7)
+    parts = [tensor.t().clamp(max=0).t(), tensor.t().clamp(min=0).contiguous().t()]
+    assert not all(part.is_contiguous() for part in parts)
+    check_parts("w", tensor, parts, 2)
+    parts[1][2, 3] += 1
+    with pytest.raises(SplitFailedError):
+        check_parts("w", tensor, parts, 2)
+
+
+def test_a_wrong_value_is_found_anywhere_in_a_large_tensor(monkeypatch):
+    monkeypatch.setattr("splitquant_plugins.passes.checks.spans", lambda n: [slice(0, n // 2), slice(n // 2, n)])
+    tensor = torch.randn(3, 30_000)
+    for place in (0, 24_575, 24_576, 44_999, 45_000, 89_999):
+        parts = [tensor.clamp(max=0), tensor.clamp(min=0)]
+        parts[0].view(-1)[place] -= 1
+        with pytest.raises(SplitFailedError):
+            check_parts("w", tensor, parts, 2)

@@ -1,0 +1,130 @@
+"""The figures of `compare`, on numbers small enough to work out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from splitquant_plugins.backends import QuantizedModel, StoredWeight
+from splitquant_plugins.evaluation.metrics import (
+    accuracy,
+    linear_weights,
+    logits_of,
+    measure,
+    ratio_db,
+    sqnr_db,
+    tokenize,
+)
+
+# Four inputs, of labels 0, 1, 2, 2: the float model is right in three, the quantized one in two; they agree in one.
+REFERENCE = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0], [0.0, 1.0, 4.0], [5.0, 0.0, 1.0]])
+LOGITS = torch.tensor([[3.0, 1.0, 0.0], [2.0, 0.0, 1.0], [1.0, 2.0, 0.0], [0.0, 1.0, 5.0]])
+LABELS = [0, 1, 2, 2]
+
+
+def float_model() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Conv1d(1, 1, 3), nn.LayerNorm(7))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
+        model[2].weight.copy_(torch.tensor([[[1.0, 2.0, 2.0]]]))
+    return model
+
+
+def quantized_as(layers: dict[str, list[StoredWeight]]) -> QuantizedModel:
+    return QuantizedModel(nn.Module(), lambda batch: LOGITS, layers, state_bytes=77)
+
+
+def test_measures_of_a_model_of_which_one_layer_is_quantized_in_two_parts() -> None:
+    parts = [torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[0.0, -2.5], [0.0, 4.5]])]
+    quantized = quantized_as({"0": [StoredWeight(part, bits) for part, bits in zip(parts, (11, 6), strict=True)]})
+    found = measure(quantized, float_model(), REFERENCE, LOGITS, LABELS)
+    assert found.accuracy == 2 / 4
+    assert found.agreement == 1 / 4
+    assert found.weight_sqnr_db == pytest.approx(10 * math.log10((1 + 4 + 9 + 16) / (0.25 + 0.25)))
+    assert found.logit_sqnr_db == pytest.approx(10 * math.log10(58 / float((REFERENCE - LOGITS).square().sum())))
+    assert found.linear_bits_per_weight == (17 + 3 * 32) / 7
+    assert found.linear_bytes == math.ceil((17 + 3 * 32) / 8)
+    assert found.model_bytes == 77
+    assert found.layers_quantized == 2
+
+
+def test_weights_are_put_together_over_all_layers() -> None:
+    layers = {
+        "0": [StoredWeight(torch.tensor([1.0, -2.0, 3.0, 5.0]), 8)],
+        "2": [StoredWeight(torch.tensor([[[1.0, 2.0, 4.0]]]), 6)],
+    }
+    found = measure(quantized_as(layers), float_model(), REFERENCE, REFERENCE, LABELS)
+    assert found.weight_sqnr_db == pytest.approx(10 * math.log10((30 + 9) / (1 + 4)))
+    assert (found.agreement, found.accuracy, found.logit_sqnr_db) == (1.0, 0.75, 300.0)
+    assert found.linear_bits_per_weight == 2.0
+    assert (found.linear_bytes, found.layers_quantized) == (2, 2)
+
+
+def test_a_layer_that_stays_float_counts_with_the_bits_of_its_dtype() -> None:
+    found = measure(quantized_as({}), float_model().half(), REFERENCE, LOGITS, LABELS)
+    assert found.linear_bits_per_weight == 16
+    assert found.linear_bytes == 14
+    assert found.weight_sqnr_db == 300.0
+
+
+@pytest.mark.parametrize(
+    ("signal", "noise", "expected"),
+    [
+        (100.0, 1.0, 20.0),
+        (1.0, 10.0, -10.0),
+        (1.0, 0.0, 300.0),
+        (0.0, 0.0, 300.0),
+        (0.0, 1.0, -300.0),
+        (1.0, math.inf, -300.0),
+        (1.0, math.nan, -300.0),
+        (1e-300, 1e300, -300.0),
+        (1e300, 1e-300, 300.0),
+        (2e29, 1.0, 293.010299957),
+        (1.0, 2e29, -293.010299957),
+        (1e300, 2.0, 296.989700043),
+    ],
+)
+def test_ratios_are_cut_so_that_json_can_hold_them(signal: float, noise: float, expected: float) -> None:
+    if (signal, noise) == (1e300, 2.0):
+        expected = 300.0
+    assert ratio_db(signal, noise) == pytest.approx(expected)
+
+
+def test_the_ratio_of_tensors_is_in_float64() -> None:
+    reference = torch.tensor([3.0e30, 4.0e30])
+    assert sqnr_db(reference, reference * torch.tensor([1.0, 0.0])) == pytest.approx(10 * math.log10(25 / 16))
+
+
+def test_accuracy_is_the_share_of_largest_logits() -> None:
+    assert accuracy(REFERENCE, LABELS) == 0.75
+
+
+def test_logits_are_those_of_all_batches_in_order_without_gradients() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    batches = [{"x": torch.tensor([[1.0, 2.0]])}, {"x": torch.tensor([[3.0, 4.0], [5.0, 6.0]])}]
+    found = logits_of(lambda batch: batch["x"] * weight, batches)
+    assert found.dtype == torch.float64
+    assert not found.requires_grad
+    assert found.tolist() == [[1, 2], [3, 4], [5, 6]]
+
+
+def test_texts_are_tokenized_in_batches_padded_and_cut() -> None:
+    seen = []
+
+    def tokenizer(texts: list[str], **options: object) -> dict[str, list[str]]:
+        seen.append(options)
+        return {"texts": texts}
+
+    found = tokenize(tokenizer, [str(number) for number in range(5)], 17, batch_size=2)
+    assert found == [{"texts": ["0", "1"]}, {"texts": ["2", "3"]}, {"texts": ["4"]}]
+    assert seen == [{"padding": True, "truncation": True, "max_length": 17, "return_tensors": "pt"}] * 3
+    assert [len(batch["texts"]) for batch in tokenize(tokenizer, ["a"] * 200, 5)] == [128, 72]
+
+
+def test_the_layers_that_are_measured() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Conv2d(1, 1, 1), nn.Conv3d(1, 1, 1), nn.Embedding(3, 3), nn.LayerNorm(2))
+    assert list(linear_weights(model)) == ["0", "1", "2"]
+    assert not any(weight.requires_grad for weight in linear_weights(model).values())
