@@ -227,7 +227,7 @@ def no_leftovers(tmp_path: Path) -> Iterator[None]:
 
 
 FUZZ = int(os.environ.get("SPLITQUANT_FUZZ", "1"))  # how many times longer the random searches run
-COUNTS: list[str] = []
+CASES = "cases tried"
 
 
 @pytest.fixture
@@ -237,18 +237,21 @@ def fuzz() -> int:
 
 
 @pytest.fixture
-def count_cases() -> Callable[..., None]:
-    """Note a number of cases, which is printed below the results."""
+def count_cases(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Note a number of cases, which is printed below the results, whichever process the test runs in."""
 
     def note(what: str, number: int, more: str = "") -> None:
-        COUNTS.append(f"{what}: {number} cases{', ' + more if more else ''}")
+        record_property(CASES, f"{what}: {number} cases{', ' + more if more else ''}")
 
     return note
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for line in COUNTS:
-        terminalreporter.write_line(line)
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            for name, line in report.user_properties if report.when == "call" else ():
+                if name == CASES:
+                    terminalreporter.write_line(line)
 
 
 @pytest.fixture
