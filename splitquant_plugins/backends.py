@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
@@ -228,7 +228,8 @@ class Backend(ABC):
     `packages` are the distributions to be installed, `extra` the extra that installs them. `support` lists,
     by weight width, what the backend can do; `any_group_size` whether `group_size` is free. `methods` are the ways
     to choose codes, of which `calibrated` ones run the batches that `quantize` is given. `library` is the module that
-    is imported wherever the backend has quantized a layer.
+    is imported wherever the backend has quantized a layer. `storage` is the module whose functions
+    `save(model, folder)` and `load(folder)` do that; a backend without one has methods of its own.
     """
 
     name: ClassVar[str]
@@ -239,6 +240,7 @@ class Backend(ABC):
     methods: ClassVar[tuple[str, ...]] = (ROUND_TO_NEAREST,)
     calibrated: ClassVar[tuple[str, ...]] = ()
     library: ClassVar[str] = ""
+    storage: ClassVar[str]
 
     def require(self) -> None:
         """Raise MissingExtraError unless the backend's packages are installed."""
@@ -334,10 +336,11 @@ class Backend(ABC):
         `batches` are a few example inputs, for backends that trace the model.
         """
 
-    @abstractmethod
     def save(self, quantized: QuantizedModel, folder: Path) -> None:
         """Save a quantized model as safetensors and JSON, such that `load` gives identical outputs."""
+        import_module(self.storage).save(quantized.model, folder)
 
-    @abstractmethod
     def load(self, folder: Path) -> nn.Module:
         """Load what `save` saved; the model on disk says what it is."""
+        loaded: nn.Module = import_module(self.storage).load(folder)
+        return loaded

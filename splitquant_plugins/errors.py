@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 
 class SplitQuantError(Exception):
     """Base of every error this package raises on purpose."""
@@ -37,6 +40,16 @@ class SkeletonMismatchError(SplitQuantError):
 
 class SplitFailedError(SplitQuantError):
     """A layer could not be split because its weight or a splitter's answer is invalid."""
+
+
+def optional(package: str, what: str, extra: str) -> Any:
+    """Import a package that only `what` needs, or raise MissingExtraError with the extra that installs it."""
+    try:
+        return import_module(package)
+    except ImportError:
+        raise MissingExtraError(
+            f'{what} {package}, which is not installed: pip install "splitquant-plugins[{extra}]"'
+        ) from None
 
 
 def first_line(error: BaseException) -> str:

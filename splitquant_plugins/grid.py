@@ -9,17 +9,14 @@ A tensor is cut into *groups*, each with a scale and a zero point of its own; se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from splitquant_plugins.errors import ConfigError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
 
 Scheme = Literal["affine", "symmetric"]
 Granularity = Literal["tensor", "channel", "group"]
@@ -83,8 +80,27 @@ class Grid(Protocol):
         """Bits that a tensor of this shape takes in packed form, scales and zero points included."""
 
 
+class GroupsOfRows:
+    """Cuts tensors into the groups of a grid, as `Granularity` says."""
+
+    def groups(self: Grid, tensor: Tensor) -> tuple[Tensor, ...]:
+        if self.granularity == "tensor" or tensor.ndim < 2:
+            return (tensor.reshape(1, -1),)
+        rows = tensor.reshape(tensor.shape[0], -1)
+        if self.group_size is None or rows.shape[1] < self.group_size:
+            return (rows,)
+        whole = rows.shape[1] // self.group_size * self.group_size
+        grouped = rows[:, :whole].reshape(-1, self.group_size)
+        return (grouped,) if whole == rows.shape[1] else (grouped, rows[:, whole:])
+
+    def from_groups(self: Grid, groups: Sequence[Tensor], shape: torch.Size) -> Tensor:
+        if len(groups) == 1:
+            return groups[0].reshape(shape)
+        return torch.cat([part.reshape(shape[0], -1) for part in groups], dim=1).reshape(shape)
+
+
 @dataclass(frozen=True)
-class UniformGrid:
+class UniformGrid(GroupsOfRows):
     """The common linear grid: min-max range that includes 0, integer zero point, round half to even.
 
     `symmetric_scale`: `restricted` is max|x| / (2^(b-1) - 1) with codes ±(2^(b-1) - 1), as NPUs have it;
@@ -115,30 +131,11 @@ class UniformGrid:
 
     @property
     def quant_min(self) -> int:
-        """Lowest code."""
         return -self.quant_max - (0 if self.scheme == "symmetric" and self.symmetric_scale == "restricted" else 1)
 
     @property
     def quant_max(self) -> int:
-        """Highest code."""
         return 2 ** (self.bits - 1) - 1
-
-    def groups(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Cut a tensor into 2-D views [groups, values]; a second one holds the shorter last groups."""
-        if self.granularity == "tensor" or tensor.ndim < 2:
-            return (tensor.reshape(1, -1),)
-        rows = tensor.reshape(tensor.shape[0], -1)
-        if self.group_size is None or rows.shape[1] < self.group_size:
-            return (rows,)
-        whole = rows.shape[1] // self.group_size * self.group_size
-        grouped = rows[:, :whole].reshape(-1, self.group_size)
-        return (grouped,) if whole == rows.shape[1] else (grouped, rows[:, whole:])
-
-    def from_groups(self, groups: Sequence[Tensor], shape: torch.Size) -> Tensor:
-        """Put what `groups` cut back together."""
-        if len(groups) == 1:
-            return groups[0].reshape(shape)
-        return torch.cat([part.reshape(shape[0], -1) for part in groups], dim=1).reshape(shape)
 
     def qparams(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point of 2-D `groups`, each of shape [groups, 1]; an all-zero group has scale 1."""
@@ -174,7 +171,6 @@ class UniformGrid:
         return self.from_groups(rounded, tensor.shape)
 
     def stored_bits(self, shape: torch.Size) -> int:
-        """Bits that a tensor of this shape takes in packed form, scales and zero points included."""
         number = sum(part.shape[0] for part in self.groups(torch.empty(shape, device="meta")))
         zero_point_bits = self.bits if self.scheme == "affine" else 0
         return shape.numel() * self.bits + number * (self.scale_bits + zero_point_bits)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from splitquant_plugins.checkpoints.coverage import Coverage
-from splitquant_plugins.checkpoints.files import write_text
+from splitquant_plugins.checkpoints.files import described, read_described, write_text
 from splitquant_plugins.checkpoints.pretrained_config import describe_to_transformers
 from splitquant_plugins.config import SplitConfig
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
@@ -157,17 +156,12 @@ class Manifest(BaseModel):
         path = Path(folder) / FILE_NAME
         if not path.is_file():
             raise InputError(f"{folder} holds no {FILE_NAME}: it is not a model saved by splitquant")
-        return manifest_from(path.read_bytes(), str(path))
+        return read_described(path, cls)
 
 
 def manifest_from(given: Any, where: str) -> Manifest:
-    """Return a manifest from its JSON, text or read already; a damaged one is an InputError that says `where`."""
-    try:
-        return Manifest.model_validate_json(given if isinstance(given, bytes) else json.dumps(given))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        raise InputError(f"{where} is damaged or of another version: {key} {problem['msg']}") from None
+    """Return a manifest from its JSON, read already; a damaged one is an InputError that says `where`."""
+    return described(given, where, Manifest)
 
 
 def manifest_of(model: nn.Module) -> Manifest:

@@ -13,7 +13,9 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module, metadata
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -43,12 +45,12 @@ if TYPE_CHECKING:
 BUILTIN_PLUGINS = (
     "splitquant_plugins.builtin.splitters",
     "splitquant_plugins.builtin.layers",
-    "splitquant_plugins.builtin.activations",
-    "splitquant_plugins.builtin.batchnorm",
+    "splitquant_plugins.builtin.preparations",
     "splitquant_plugins.builtin.backends",
 )
 BLOCK_VARIABLE = "SPLITQUANT_BLOCK_PLUGINS"
 STRICT_VARIABLE = "SPLITQUANT_STRICT"
+NOT_INSTALLED = "not installed"
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,7 @@ class Registered:
     def create(self) -> Any:
         """Import and call the factory."""
         try:
-            if not isinstance(self.factory, str):
-                return self.factory()
-            module, _, attribute = self.factory.partition(":")
-            found = getattr(import_module(module), attribute)
+            found = resolve_name(self.factory) if isinstance(self.factory, str) else self.factory
         except (ImportError, AttributeError) as error:
             raise PluginError(
                 f"plugin {self.plugin!r} registered {self.name!r} as {self.factory!r}, which cannot be loaded: {error}"
@@ -119,7 +118,7 @@ class Plugins:
         """Load the built-in plugins and those named by entry points of the group `splitquant`."""
         environment = os.environ if environment is None else environment
         plugins = cls()
-        version = own_version()
+        version = version_of()
         for name in BUILTIN_PLUGINS:
             plugins.add(import_module(name), name.rpartition(".")[2], "built in", version)
         plugins.add(_SplitterDispatch(plugins), "splitter dispatch", "built in", version)
@@ -161,7 +160,7 @@ class Plugins:
             others = [other for other in self._manager.get_plugins() if other is not plugin]
             for kind, table in (("splitters", self.splitters), ("backends", self.backends)):
                 call = self._manager.subset_hook_caller(f"splitquant_register_{kind}", others)
-                call(register=_Register(name, table))
+                call(register=partial(_register, name, table))
         except Exception:
             self.splitters, self.backends = splitters, backends
             if self._manager.is_registered(plugin):
@@ -174,6 +173,9 @@ class Plugins:
     def broken(self) -> list[PluginInfo]:
         """The plugins that could not be loaded."""
         return [info for info in self.infos if info.error]
+
+    def _broken(self) -> str:
+        return "".join(f"; plugin {info.name!r} is broken: {info.error}" for info in self.broken)
 
     def splitter(self, name: str) -> Splitter:
         """Return the splitter of that name, or raise ConfigError with the names there are."""
@@ -192,8 +194,7 @@ class Plugins:
             for info in self.broken:
                 if name in (info.name, info.source):
                     raise PluginError(f"{what} {name!r}: its plugin is broken: {info.error}")
-            broken = "".join(f"; plugin {i.name!r} is broken: {i.error}" for i in self.broken)
-            raise ConfigError(f"unknown {what} {name!r}: choose from {', '.join(sorted(table))}{broken}")
+            raise ConfigError(f"unknown {what} {name!r}: choose from {', '.join(sorted(table))}{self._broken()}")
         created = table[name].create()
         if not isinstance(created, kind):
             raise PluginError(
@@ -259,10 +260,9 @@ class Plugins:
         """Answer `pass + recipe`."""
         answer = self._manager.hook.splitquant_attach(split_pass=split_pass, recipe=recipe)
         if answer is None:
-            broken = "".join(f"; plugin {i.name!r} is broken: {i.error}" for i in self.broken)
             raise ConfigError(
                 f"no plugin knows how to attach to a {type(recipe).__module__}.{type(recipe).__qualname__}; "
-                f"backends: {', '.join(sorted(self.backends)) or 'none'}{broken}"
+                f"backends: {', '.join(sorted(self.backends)) or 'none'}{self._broken()}"
             )
         return answer
 
@@ -281,18 +281,12 @@ class Plugins:
             self._manager.hook.splitquant_after_split(model=model, manifest=manifest)
 
 
-class _Register:
-    """The callback that a plugin's registration hook is given."""
-
-    def __init__(self, plugin: str, table: dict[str, Registered]) -> None:
-        self._plugin = plugin
-        self._table = table
-
-    def __call__(self, name: str, factory: str | Callable[[], Any], summary: str) -> None:
-        if name in self._table:
-            owner = self._table[name].plugin
-            raise PluginError(f"{name!r} is already registered by plugin {owner!r}; choose another name")
-        self._table[name] = Registered(name, factory, summary, self._plugin)
+def _register(
+    plugin: str, table: dict[str, Registered], name: str, factory: str | Callable[[], Any], summary: str
+) -> None:
+    if name in table:
+        raise PluginError(f"{name!r} is already registered by plugin {table[name].plugin!r}; choose another name")
+    table[name] = Registered(name, factory, summary, plugin)
 
 
 class _SplitterDispatch:
@@ -322,9 +316,9 @@ def _checked(hook: str, answer: Any, kinds: tuple[type, ...]) -> Any:
     return answer
 
 
-def own_version() -> str:
-    """The version of this package, as the manifest records it."""
+def version_of(package: str = "splitquant-plugins") -> str:
+    """The version of an installed package, by default of this one, as the manifest records it."""
     try:
-        return metadata.version("splitquant-plugins")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED

@@ -28,7 +28,7 @@ def random(shape, seed, shift=0.0):
 
 
 @given(GRIDS, SHAPES, st.integers(0, 99))
-def test_cells_go_back_together(grid, shape, seed):
+def test_groups_go_back_together(grid, shape, seed):
     tensor = random(shape, seed)
     groups = grid.groups(tensor)
     assert all(part.ndim == 2 for part in groups)
@@ -85,9 +85,9 @@ def test_symmetric_scales():
     tensor = torch.tensor([[-3.0, 1.0]])
     assert UniformGrid(2, "symmetric").qparams(tensor)[0].item() == 3
     assert UniformGrid(2, "symmetric", symmetric_scale="full").qparams(tensor)[0].item() == 2
-    assert code_range(UniformGrid(2, "symmetric")) == (-1, 1)
-    assert code_range(UniformGrid(2, "symmetric", symmetric_scale="full")) == (-2, 1)
-    assert code_range(UniformGrid(8)) == (-128, 127)
+    assert lowest_and_highest(UniformGrid(2, "symmetric")) == (-1, 1)
+    assert lowest_and_highest(UniformGrid(2, "symmetric", symmetric_scale="full")) == (-2, 1)
+    assert lowest_and_highest(UniformGrid(8)) == (-128, 127)
 
 
 def test_a_range_of_one_sign_is_widened_to_zero():
@@ -97,7 +97,7 @@ def test_a_range_of_one_sign_is_widened_to_zero():
     assert zero_point.item() == -2
 
 
-def test_every_cell_has_a_scale_of_its_own():
+def test_every_group_has_a_scale_of_its_own():
     tensor = torch.tensor([[1.0, -1.0, 100.0, -100.0], [10.0, -10.0, 1000.0, -1000.0]])
     scales = {
         granularity: torch.cat(
@@ -146,5 +146,5 @@ def test_it_is_a_grid():
     assert isinstance(UniformGrid(4), Grid)
 
 
-def code_range(grid: UniformGrid) -> tuple[int, int]:
+def lowest_and_highest(grid: UniformGrid) -> tuple[int, int]:
     return grid.quant_min, grid.quant_max

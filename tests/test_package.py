@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
 import pytest
 
 import splitquant_plugins
+from splitquant_plugins.backends import Packer
+from splitquant_plugins.errors import SplitQuantWarning
 
 HEAVY = ("torch", "transformers", "optimum", "neural_compressor", "torchao", "sklearn", "numpy")
 PLUGINS = (
     "splitquant_plugins",
     "splitquant_plugins.hookspecs",
-    "splitquant_plugins.builtin.activations",
-    "splitquant_plugins.builtin.batchnorm",
+    "splitquant_plugins.builtin.preparations",
     "splitquant_plugins.builtin.layers",
     "splitquant_plugins.builtin.splitters",
     "splitquant_quanto.plugin",
@@ -55,3 +57,9 @@ def test_it_is_typed():
 
     assert (files("splitquant_plugins") / "py.typed").is_file()
     assert (files("splitquant_quanto") / "py.typed").is_file()
+
+
+def test_the_former_home_of_packer_says_where_it_stands_now():
+    with pytest.warns(SplitQuantWarning, match=r"splitquant_plugins\.backends"):
+        former = importlib.import_module("splitquant_plugins.streaming.packer")
+    assert former.Packer is Packer

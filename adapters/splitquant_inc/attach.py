@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from neural_compressor.common.base_config import ComposableConfig
 from neural_compressor.torch.quantization.config import (
@@ -18,9 +18,7 @@ from splitquant_inc.exported import ExportedRecipe
 from splitquant_inc.recipe import JOINED, PassFirst, recipe_class
 from splitquant_inc.weight_only import WeightOnlyRecipe
 from splitquant_plugins.errors import ConfigError
-
-if TYPE_CHECKING:
-    from splitquant_plugins.passes.base import ModelPass
+from splitquant_plugins.passes.base import ModelPass
 
 WEIGHT_ONLY = (RTNConfig, GPTQConfig, HQQConfig)
 EXPORTED = (INT8StaticQuantConfig, DynamicQuantConfig)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib import import_module, metadata
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from splitquant_plugins.backends import (
     ROUND_TO_NEAREST,
@@ -20,14 +20,10 @@ from splitquant_plugins.backends import (
     WeightFormat,
     quantized_by,
 )
+from splitquant_plugins.checkpoints.saved_layers import SavedLayers
 from splitquant_plugins.errors import ConfigError, InputError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from splitquant_plugins.checkpoints.saved_layers import SavedLayers
-    from splitquant_plugins.grid import Grid
-    from splitquant_plugins.passes.base import ModelPass
+from splitquant_plugins.grid import Grid
+from splitquant_plugins.passes.base import ModelPass
 
 DISTRIBUTIONS = ("neural-compressor", "neural-compressor-pt")
 
@@ -41,6 +37,7 @@ class IncBackend(Backend):
     name = "inc"
     extra = "inc"
     packages = ("neural-compressor",)
+    storage = "splitquant_inc.storage"
     support: ClassVar = {
         "int2": Support(("channel", "group"), ("affine", "symmetric")),
         "int4": Support(("channel", "group"), ("affine", "symmetric")),
@@ -52,7 +49,6 @@ class IncBackend(Backend):
     library = "neural_compressor.torch"
 
     def require(self) -> None:
-        """Raise MissingExtraError unless one of INC's two distributions is installed."""
         for name in DISTRIBUTIONS:
             try:
                 metadata.version(name)
@@ -125,18 +121,6 @@ class IncBackend(Backend):
         if not quantized.layers:
             raise InputError(_nothing(quantized.model))
         return quantized
-
-    def save(self, quantized: QuantizedModel, folder: Path) -> None:
-        """Save as `splitquant_inc.save` does."""
-        from splitquant_inc.storage import save
-
-        save(quantized.model, folder)
-
-    def load(self, folder: Path) -> nn.Module:
-        """Load as `splitquant_inc.load` does."""
-        from splitquant_inc.storage import load
-
-        return load(folder)
 
 
 def _import_in_order() -> None:

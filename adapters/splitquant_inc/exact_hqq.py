@@ -7,15 +7,13 @@ codes chosen anew for them from the float weights.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from splitquant_plugins.modules import SplitModule
-
-if TYPE_CHECKING:
-    from splitquant_plugins.plugins import Plugins
+from splitquant_plugins.plugins import Plugins
 
 
 def keep_zeros_exact(model: nn.Module, plugins: Plugins) -> None:

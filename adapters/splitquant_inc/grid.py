@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from splitquant_plugins.errors import ConfigError
-from splitquant_plugins.grid import Granularity, Scheme
+from splitquant_plugins.grid import Granularity, GroupsOfRows, Scheme, UniformGrid
 
 SCALE_BITS = 16
 WORD_BITS = 32
 
 
 @dataclass(frozen=True)
-class IncRtnGrid:
+class IncRtnGrid(GroupsOfRows):
     """INC's integer weights as `RTNConfig` makes them and `INCWeightOnlyLinear` packs them.
 
     `group_size` None (INC: -1) gives each output channel one scale; otherwise runs of that many inputs share
@@ -32,18 +31,12 @@ class IncRtnGrid:
     full_range: bool = False
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ConfigError(f"bits={self.bits}: an INC grid has 2 to 8 bits")
-        if self.scheme not in ("affine", "symmetric"):
-            raise ConfigError(f"scheme={self.scheme!r}: choose affine or symmetric")
+        UniformGrid(self.bits, self.scheme, self.granularity, self.group_size)  # refuses what no grid can be
         if self.scheme == "affine" and self.bits == 8:
             raise ConfigError("bits=8 with scheme='affine': INC wraps differences beyond ±127; choose symmetric")
-        if self.group_size is not None and self.group_size < 1:
-            raise ConfigError(f"group_size={self.group_size}: a group has at least one value, None is a whole channel")
 
     @property
     def granularity(self) -> Granularity:
-        """What shares a scale."""
         return "channel" if self.group_size is None else "group"
 
     @property
@@ -53,24 +46,7 @@ class IncRtnGrid:
 
     @property
     def quant_max(self) -> int:
-        """Highest code."""
         return self.quant_min + (1 << self.bits) - 1
-
-    def groups(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Cut a tensor into 2-D views [groups, values]; a second one holds the shorter last groups."""
-        rows = tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.reshape(tensor.shape[0], -1)
-        if self.group_size is None or rows.shape[1] < self.group_size:
-            return (rows,)
-        whole = rows.shape[1] // self.group_size * self.group_size
-        grouped = rows[:, :whole].reshape(-1, self.group_size)
-        return (grouped,) if whole == rows.shape[1] else (grouped, rows[:, whole:])
-
-    def from_groups(self, groups: Sequence[Tensor], shape: torch.Size) -> Tensor:
-        """Put what `groups` cut back together."""
-        if len(groups) == 1:
-            return groups[0].reshape(shape)
-        rows = shape[0] if len(shape) > 1 else 1
-        return torch.cat([part.reshape(rows, -1) for part in groups], dim=1).reshape(shape)
 
     def qparams(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point that choose the codes of 2-D `groups`, each of shape [groups, 1].

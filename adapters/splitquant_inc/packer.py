@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +17,7 @@ from splitquant_inc.weight_only import chosen_layers
 from splitquant_plugins.backends import Packer
 from splitquant_plugins.checkpoints.headers import TensorSpec
 from splitquant_plugins.errors import ConfigError
+from splitquant_plugins.parallel import chunks
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d, occurrences
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ class IncRtnPacker(Packer):
         return names
 
     def ignored(self, model: nn.Module) -> Sequence[str]:
-        """All other modules."""
         quantized = set(chosen_layers(self._recipe, model))
         return [glob.escape(name) for name, _ in model.named_modules() if name and name not in quantized]
 
@@ -71,11 +71,11 @@ class IncRtnPacker(Packer):
             for name, spec in self.spec(weight.shape, weight.dtype, part=part).items()
         }
         zero_points = torch.empty(len(weight), len(made["scales"]), dtype=torch.int32)
-        for start, end in _bounds(len(weight), weight.shape[1]):
-            codes, scales, zeros = self._quantize(weight[start:end])
-            made["scales"][:, start:end] = scales.t()
-            made["qweight"][:, start:end] = _words(codes, self.grid.bits).t()
-            zero_points[start:end] = zeros
+        for rows in chunks(slice(0, len(weight)), max(1, BLOCK // weight.shape[1])):
+            codes, scales, zeros = self._quantize(weight[rows])
+            made["scales"][:, rows] = scales.t()
+            made["qweight"][:, rows] = _words(codes, self.grid.bits).t()
+            zero_points[rows] = zeros
         # One less than the zero point is stored, as the format of GPTQ has it.
         made["qzeros"].copy_(_words((zero_points - 1).t(), self.grid.bits))
         if bias is not None:
@@ -94,7 +94,6 @@ class IncRtnPacker(Packer):
         return codes, scales, zeros
 
     def describe(self, folder: Path, model: nn.Module, layers: Sequence[str], same_as: Mapping[str, str]) -> None:
-        """Write how each layer is packed, the names of shared tensors, and the configuration."""
         shapes = {name: _features(module) for name, module in model.named_modules()}
         packed = {}
         for layer in layers:
@@ -121,9 +120,3 @@ def _words(codes: Tensor, bits: int) -> Tensor:
         column = codes[:, lane::per_word].to(torch.int32) & ((1 << bits) - 1)
         words[:, : column.shape[1]] |= column << (bits * lane)
     return words
-
-
-def _bounds(rows: int, width: int) -> Iterator[tuple[int, int]]:
-    step = max(1, BLOCK // width)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from neural_compressor.torch.algorithms.weight_only.hqq.core import HQQLinear
 from neural_compressor.torch.algorithms.weight_only.hqq.qtensor import QTensor, QTensorMetaInfo
 from neural_compressor.torch.algorithms.weight_only.modules import INCWeightOnlyLinear
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from splitquant_plugins.checkpoints.files import read_json
 from splitquant_plugins.errors import InputError, SkeletonMismatchError, first_line
 
 Size = Annotated[int, Field(ge=1)]
@@ -96,16 +94,6 @@ class Storage(_Strict):
     layers: dict[str, AnyPacked]
     same_as: dict[str, str] = {}
 
-    @classmethod
-    def read(cls, path: Path) -> Storage:
-        """Read the file; a missing or damaged one is an InputError."""
-        try:
-            return cls.model_validate(read_json(path))
-        except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"]))
-            raise InputError(f"{path} is damaged or of another version: {where} {problem['msg']}") from None
-
 
 def packed_layer(module: Any) -> tuple[PackedInc | PackedHqq, dict[str, Tensor]]:
     """Return how a quantized module is packed, and its tensors by their names within it."""
@@ -120,21 +108,13 @@ def packed_layer(module: Any) -> tuple[PackedInc | PackedHqq, dict[str, Tensor]]
     buffers = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
     if module.bias is not None:  # a buffer, or the float layer's parameter where its type was right
         buffers["bias"] = module.bias.detach().to(module.float_type, copy=True)
-    layer = PackedInc(
-        in_features=module.in_features,
-        out_features=module.out_features,
-        dtype=module.dtype,
-        bits=module.bits,
-        group_size=module.group_size,
-        zp="qzeros" in buffers,
-        bias="bias" in buffers,
-        g_idx="g_idx" in buffers,
-        use_optimum_format=module.use_optimum_format,
-        scale_dtype=_name(module.scale_dtype),
-        compression_dtype=_name(module.compression_dtype),
-        compression_dim=module.compression_dim,
-    )
-    return layer, buffers
+    same = ("in_features", "out_features", "dtype", "bits", "group_size", "use_optimum_format", "compression_dim")
+    options: dict[str, Any] = {name: getattr(module, name) for name in same}
+    options |= {
+        name: str(getattr(module, name)).removeprefix("torch.") for name in ("scale_dtype", "compression_dtype")
+    }
+    held = {option: name in buffers for option, name in (("zp", "qzeros"), ("bias", "bias"), ("g_idx", "g_idx"))}
+    return PackedInc(**options, **held), buffers
 
 
 def rtn_layer(in_features: int, out_features: int, bits: int, group_size: int | None) -> PackedInc:
@@ -189,7 +169,3 @@ def _packed_tensor(stored: Any) -> tuple[PackedTensor, dict[str, Tensor]]:
         **nested,
     )
     return packed, tensors
-
-
-def _name(dtype: torch.dtype) -> Any:
-    return str(dtype).removeprefix("torch.")

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from splitquant_plugins.manifest import ATTRIBUTE, Manifest
-
-if TYPE_CHECKING:
-    from torch import nn
 
 Info = tuple[str, str]
 

@@ -9,7 +9,7 @@ and its parameters (for lists of options, and for its global configuration), so 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from neural_compressor.common.base_config import BaseConfig
 
@@ -17,10 +17,7 @@ import splitquant_plugins.decoupleq.decoupleq_pass
 import splitquant_plugins.passes.splitquant  # noqa: F401
 from splitquant_plugins.checkpoints.files import read_json
 from splitquant_plugins.errors import ConfigError
-from splitquant_plugins.passes.base import pass_from_dict
-
-if TYPE_CHECKING:
-    from splitquant_plugins.passes.base import ModelPass
+from splitquant_plugins.passes.base import ModelPass, pass_from_dict
 
 JOINED = (
     "INC joins configurations into a ComposableConfig, which quantizes nothing in INC 3.10; quantize with one "

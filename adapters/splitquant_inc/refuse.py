@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from splitquant_plugins.errors import ConfigError, InputError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def bits_of(config: Any) -> int:

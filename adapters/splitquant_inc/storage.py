@@ -9,10 +9,10 @@ there; `load` rebuilds them first, and any misfit is an error.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-import torch
 from neural_compressor.torch.algorithms.weight_only.hqq.core import HQQLinear
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -20,23 +20,16 @@ from torch.fx import GraphModule
 from splitquant_inc.packing import PackedHqq, PackedInc, Storage, empty_module, packed_layer
 from splitquant_inc.stored_layers import quantized_layers
 from splitquant_plugins.checkpoints.coverage import note_quantized
-from splitquant_plugins.checkpoints.files import write_json
-from splitquant_plugins.checkpoints.pretrained_config import is_pretrained, plain_configuration
+from splitquant_plugins.checkpoints.files import read_described, write_json
+from splitquant_plugins.checkpoints.pretrained_config import is_pretrained
 from splitquant_plugins.checkpoints.source import SINGLE_FILE
 from splitquant_plugins.checkpoints.tensors import read_state, untied_state, write_tensors
-from splitquant_plugins.checkpoints.transformers_models import (
-    load_generation_config,
-    load_model,
-    save_generation_config,
-)
+from splitquant_plugins.checkpoints.transformers_models import load_model, model_of_folder, save_configs
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
 from splitquant_plugins.manifest import ATTRIBUTE, FILE_NAME, Manifest
 from splitquant_plugins.modules import layer_of_part
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d, replace_module
 from splitquant_plugins.passes.rebuild import apply_manifest
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 STORAGE_FILE = "splitquant_inc.json"
 
@@ -72,10 +65,7 @@ def write_description(
 ) -> None:
     """Write what stands beside the tensors, but for the manifest; of the model only its configuration is read."""
     write_json(folder / STORAGE_FILE, Storage(layers=dict(layers), same_as=dict(same_as)).model_dump())
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "to_dict"):
-        write_json(folder / "config.json", {**plain_configuration(config), "architectures": [type(model).__name__]})
-        save_generation_config(model, folder)
+    save_configs(model, folder)
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -88,15 +78,10 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     folder = Path(folder)
     if model is None and is_pretrained(folder):
         return load_model(str(folder))
-    storage = Storage.read(folder / STORAGE_FILE)
-    state = read_state(folder)
-    for name, source in storage.same_as.items():
-        if source not in state:
-            raise SkeletonMismatchError(f"{folder}: tensor {name} is to share {source}, which is not there")
-        state[name] = state[source]
+    storage = read_described(folder / STORAGE_FILE, Storage)
+    state = read_state(folder, storage.same_as)
     if model is None:
-        model = _model_of(folder)
-        load_generation_config(model, folder)
+        model = model_of_folder(folder)
     if (folder / FILE_NAME).is_file():
         model = apply_manifest(model, Manifest.load(folder))
     for name, layer in storage.layers.items():
@@ -136,16 +121,6 @@ def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, PackedInc |
         layers[name], tensors = packed_layer(module)
         state.update({f"{name}.{key}": value for key, value in tensors.items()})
     return state, layers
-
-
-def _model_of(folder: Path) -> nn.Module:
-    from splitquant_plugins.checkpoints.transformers_models import empty_model, load_config
-
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no config.json: pass the unsplit float model, load(folder, model)")
-    config = load_config(folder)
-    with torch.random.fork_rng(devices=[]):
-        return empty_model(config, folder)
 
 
 def _fit(model: nn.Module, name: str, layer: PackedInc | PackedHqq, folder: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Set
+from typing import Any, cast
 
 from neural_compressor.torch.algorithms.weight_only.hqq.core import HQQLinear
 from neural_compressor.torch.algorithms.weight_only.modules import INCWeightOnlyLinear
@@ -10,9 +11,6 @@ from torch import Tensor, nn
 
 from splitquant_plugins.backends import StoredWeight
 from splitquant_plugins.modules import SplitLinear, layer_of_part
-
-if TYPE_CHECKING:
-    from collections.abc import Set
 
 PACKED = ("qweight", "scales", "qzeros", "g_idx")
 QUANTIZED = (INCWeightOnlyLinear, HQQLinear)

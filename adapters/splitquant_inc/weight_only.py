@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import glob
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from splitquant_inc.blocks import layers_in_blocks
 from splitquant_inc.exact_hqq import keep_zeros_exact
 from splitquant_inc.grid import IncRtnGrid
 from splitquant_inc.part_names import Info, PartName, layer_infos, match_parts, part_infos
@@ -25,12 +25,8 @@ from splitquant_inc.refuse import (
     refuse_wrapping,
 )
 from splitquant_plugins.errors import ConfigError, InputError
+from splitquant_plugins.grid import Grid
 from splitquant_plugins.passes.checks import refuse_unfit_model
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from splitquant_plugins.grid import Grid
 
 
 class WeightOnlyRecipe(PassFirst):
@@ -73,7 +69,7 @@ class WeightOnlyRecipe(PassFirst):
     def _run_pass(self, model: nn.Module) -> None:
         refuse_unfit_model(model)
         refuse_import_order()
-        if isinstance(model, self._kinds()):
+        if isinstance(model, _kinds_of(self)):
             raise InputError(f"the model is a single {type(model).__name__}; put it into an nn.Sequential to split it")
         chosen = self._chosen(model)
         if not chosen:
@@ -85,19 +81,16 @@ class WeightOnlyRecipe(PassFirst):
         grids = {name: grid_of(config) for name, config in chosen.items()}
         rule = grids.get if any(grids.values()) else None
         self.first.apply(model, grid=rule, ignore=ignore)
-        own_weights(model, self._kinds(), chosen)
+        own_weights(model, _kinds_of(self), chosen)
         widen_bfloat16(model, chosen)
         if type(self).plain.__name__ == "HQQConfig":
             keep_zeros_exact(model, self.first.plugins)
-
-    def _kinds(self) -> tuple[type[nn.Module], ...]:
-        return _kinds_of(self)
 
     def _chosen(self, model: nn.Module) -> dict[str, Any]:
         """Options of the float layers that INC will quantize, by name."""
         infos = super().get_model_info(model=model)  # type: ignore[misc]
         mapping: Mapping[Info, Any] = super().to_config_mapping(model_info=infos)  # type: ignore[misc]
-        chosen = _quantized_layers(mapping, model, self._kinds())
+        chosen = _quantized_layers(mapping, model, _kinds_of(self))
         if self.name == "gptq":  # type: ignore[attr-defined]
             blocks, last = layers_in_blocks(model)
             refuse_ignored(blocks, chosen)
@@ -105,6 +98,17 @@ class WeightOnlyRecipe(PassFirst):
                 blocks = [*blocks, last]
             chosen = {name: config for name, config in chosen.items() if name in blocks}
         return chosen
+
+
+def layers_in_blocks(model: nn.Module) -> tuple[list[str], str | None]:
+    """Names of the layers that INC's GPTQ quantizes, those of the last stack of blocks, and of the module behind it."""
+    from neural_compressor.torch.algorithms.weight_only.gptq import find_layers, trace_gptq_target_blocks
+
+    found = trace_gptq_target_blocks(model)
+    names = []
+    for index, block in enumerate(found["transformers"]):
+        names += [f"{found['transformers_name']}.{index}.{name}" for name in find_layers(block)]
+    return names, found["transformers_post"].get("name")
 
 
 def chosen_layers(recipe: Any, model: nn.Module) -> dict[str, Any]:

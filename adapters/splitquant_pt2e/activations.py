@@ -9,36 +9,30 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from splitquant_plugins.config import SplitConfig
 from splitquant_plugins.passes.select import reason_to_ignore
 from splitquant_pt2e import compat
 from splitquant_pt2e.annotation import annotation_of, input_spec, references, resolved
 from splitquant_pt2e.layers import CONVOLUTIONS
 from splitquant_pt2e.mixing import with_mixin
 
-if TYPE_CHECKING:
-    from splitquant_plugins.config import SplitConfig
-
 aten = torch.ops.aten
 _NAMES = (
     "relu relu6 leaky_relu elu selu celu gelu silu mish tanh sigmoid hardswish hardsigmoid hardtanh softplus "
     "log_sigmoid hardshrink softshrink"
 )
-ELEMENTWISE = (
-    {getattr(aten, name).default: getattr(aten, name).default for name in _NAMES.split()}
-    | {
-        getattr(aten, f"{name}_").default: getattr(aten, name).default
-        for name in ("relu", "relu6", "leaky_relu", "elu", "selu", "celu", "silu", "mish", "tanh", "sigmoid")
-    }
-    | {
-        getattr(aten, f"{name}_").default: getattr(aten, name).default
-        for name in ("hardswish", "hardsigmoid", "hardtanh")
-    }
-)
+# Each, and its variant that works in place, with what takes its place.
+ELEMENTWISE = {
+    getattr(aten, variant).default: getattr(aten, name).default
+    for name in _NAMES.split()
+    for variant in (name, f"{name}_")
+    if hasattr(aten, variant)
+}
 # What leaves features where they are, so that the layer before it tells their dimension.
 TRANSPARENT = {
     *ELEMENTWISE,

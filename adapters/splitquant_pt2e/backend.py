@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -38,6 +37,7 @@ class Pt2eBackend(Backend):
     name = "pt2e"
     extra = "pt2e"
     packages = ("torchao",)
+    storage = "splitquant_pt2e.storage"
     support: ClassVar = {"int2": _SUPPORT, "int4": _SUPPORT, "int8": _SUPPORT}
 
     def stock_quantizers(self) -> StockQuantizers:
@@ -61,7 +61,6 @@ class Pt2eBackend(Backend):
         )
 
     def grid(self, chosen: WeightFormat) -> Grid:
-        """Return the grid of the quantizer."""
         if chosen.quantizer is not None:
             from splitquant_pt2e.stock_grid import stock_grid
 
@@ -136,18 +135,6 @@ class Pt2eBackend(Backend):
         from splitquant_pt2e.programs import export_program
 
         return export_program(model.eval(), target, first, batches)
-
-    def save(self, quantized: QuantizedModel, folder: Path) -> None:
-        """Save the graph, its tensors and the manifest."""
-        from splitquant_pt2e.storage import save
-
-        save(quantized.model, folder)  # type: ignore[arg-type]
-
-    def load(self, folder: Path) -> nn.Module:
-        """Load what `save` saved, as a graph module that is called like the float model."""
-        from splitquant_pt2e.storage import load
-
-        return load(folder)
 
 
 def export(model: nn.Module, example: Batch, *, strict: bool = False) -> GraphModule:

@@ -7,12 +7,13 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from splitquant_plugins.config import SplitConfig
 from splitquant_plugins.errors import (
     AlreadyQuantizedError,
     AlreadySplitError,
@@ -20,7 +21,9 @@ from splitquant_plugins.errors import (
     InputError,
     SplitQuantWarning,
 )
+from splitquant_plugins.grid import Grid
 from splitquant_plugins.manifest import ATTRIBUTE, LayerRecord, Manifest, set_manifest
+from splitquant_plugins.passes.base import GridRule
 from splitquant_plugins.passes.calibration import CALIBRATED_KINDS, iter_second_moments
 from splitquant_plugins.passes.checks import refuse_unfit_weights
 from splitquant_plugins.passes.record import ignored_record, layer_record, new_manifest, warn_of_harm
@@ -32,6 +35,7 @@ from splitquant_plugins.passes.select import (
     tied_reason,
 )
 from splitquant_plugins.passes.split_layer import SplitTensors, check_split
+from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.plan import Skip
 from splitquant_pt2e.annotation import input_spec, redirect_all, resolved
 from splitquant_pt2e.graph_modules import GraphModules
@@ -47,12 +51,6 @@ from splitquant_pt2e.layers import NAME, LayerCall, innermost_module, layer_call
 from splitquant_pt2e.observed_grid import grid_of_spec
 from splitquant_pt2e.parallel_parts import Moves, PartStore, SplitCall, replace_call
 
-if TYPE_CHECKING:
-    from splitquant_plugins.config import SplitConfig
-    from splitquant_plugins.grid import Grid
-    from splitquant_plugins.passes.base import GridRule
-    from splitquant_plugins.passes.splitquant import SplitQuantPass
-
 aten = torch.ops.aten
 _BATCHNORM = (aten.batch_norm.default, aten._native_batch_norm_legit.default, aten.cudnn_batch_norm.default)
 _SPLIT_WEIGHT = re.compile(r"\.lower[._]weight$")
@@ -67,7 +65,6 @@ class GraphLayer(Layer):
 
     @property
     def kind(self) -> str:
-        """The kind of its calls."""
         return self.calls[0].kind
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from splitquant_plugins.errors import ConfigError
-from splitquant_plugins.grid import Granularity, Scheme, UniformGrid, next_power_of_two
+from splitquant_plugins.grid import Granularity, GroupsOfRows, Scheme, UniformGrid, next_power_of_two
 
 EPS = torch.finfo(torch.float32).tiny  # floors no scale but that of an all-zero group
 SCHEMES: dict[torch.qscheme, tuple[Scheme, Granularity]] = {
@@ -21,7 +20,7 @@ SCHEMES: dict[torch.qscheme, tuple[Scheme, Granularity]] = {
 
 
 @dataclass(frozen=True)
-class Pt2eGrid:
+class Pt2eGrid(GroupsOfRows):
     """Codes from `lowest` to `highest`, scales in float32 and at least `eps`.
 
     An affine scale is (max - min) / (highest - lowest) over a range that includes 0, with an integer zero
@@ -55,31 +54,19 @@ class Pt2eGrid:
 
     @property
     def bits(self) -> int:
-        """Bits per code."""
         return (self.highest - self.lowest).bit_length()
 
     @property
     def group_size(self) -> int | None:
-        """None: there are no groups."""
         return None
 
     @property
     def quant_min(self) -> int:
-        """Lowest code."""
         return self.lowest
 
     @property
     def quant_max(self) -> int:
-        """Highest code."""
         return self.highest
-
-    def groups(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Cut a weight into 2-D views [groups, values]."""
-        return self._uniform.groups(tensor)
-
-    def from_groups(self, groups: Sequence[Tensor], shape: torch.Size) -> Tensor:
-        """Put what `groups` cut back together."""
-        return self._uniform.from_groups(groups, shape)
 
     def qparams(self, groups: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point of 2-D `groups`, each float32 of shape [groups, 1]."""

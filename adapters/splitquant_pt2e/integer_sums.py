@@ -34,6 +34,9 @@ from splitquant_pt2e.parallel_parts import PART, SplitCall
 if TYPE_CHECKING:
     from splitquant_plugins.passes.split_layer import SplitTensors
 
+if TYPE_CHECKING:
+    from splitquant_plugins.passes.split_layer import SplitTensors
+
 aten = torch.ops.aten
 _FUSED: dict[Any, tuple[float | None, float | None]] = {
     aten.relu.default: (0.0, None),

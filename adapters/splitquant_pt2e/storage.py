@@ -13,7 +13,8 @@ from pathlib import Path
 from torch.fx import GraphModule
 
 from splitquant_plugins.checkpoints.files import read_json, write_json
-from splitquant_plugins.checkpoints.tensors import read_tensors, untied_state, write_tensors
+from splitquant_plugins.checkpoints.source import SINGLE_FILE
+from splitquant_plugins.checkpoints.tensors import read_state, untied_state, write_tensors
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
 from splitquant_plugins.manifest import ATTRIBUTE, FILE_NAME, Manifest, set_manifest
 from splitquant_pt2e.graph_json import graph_from_json, graph_to_json
@@ -21,7 +22,6 @@ from splitquant_pt2e.layers import tensor_of
 from splitquant_pt2e.stored_layers import stored_weights
 
 GRAPH_FILE = "graph.json"
-WEIGHTS_FILE = "model.safetensors"
 
 
 def save(model: GraphModule, folder: str | Path) -> None:
@@ -35,9 +35,10 @@ def save(model: GraphModule, folder: str | Path) -> None:
     described, targets = graph_to_json(model)
     if not any("quantize_per" in str(node.get("target")) for node in described["nodes"]):
         raise InputError("the graph is not quantized; call convert_pt2e before saving")
-    state, same_as = untied_state({target: tensor_of(model, node) for node, target in _readers(model, targets)})
+    readers = [node for node in model.graph.nodes if node.name in targets]
+    state, same_as = untied_state({targets[node.name]: tensor_of(model, node) for node in readers})
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS_FILE, state)
+    write_tensors(folder / SINGLE_FILE, state)
     manifest = model.meta.get(ATTRIBUTE)
     has_manifest = isinstance(manifest, Manifest)
     write_json(folder / GRAPH_FILE, {**described, "same_as": same_as, "has_manifest": has_manifest})
@@ -45,10 +46,6 @@ def save(model: GraphModule, folder: str | Path) -> None:
         manifest.save(folder)
     else:
         (folder / FILE_NAME).unlink(missing_ok=True)
-
-
-def _readers(model: GraphModule, targets: dict[str, str]) -> list:
-    return [(node, targets[node.name]) for node in model.graph.nodes if node.name in targets]
 
 
 def load(folder: str | Path) -> GraphModule:
@@ -66,19 +63,15 @@ def load(folder: str | Path) -> GraphModule:
         raise InputError(f"{path} is damaged: it does not say whether there is a manifest")
     has_manifest = described["has_manifest"] or (folder / FILE_NAME).is_file()
     manifest = Manifest.load(folder) if has_manifest else None
-    state = read_tensors(folder / WEIGHTS_FILE)
     same_as = described.get("same_as")
-    if not isinstance(same_as, dict):
+    if not isinstance(same_as, dict) or not all(isinstance(kept, str) for kept in same_as.values()):
         raise InputError(f"{path} is damaged: it does not say which tensors are shared")
-    for name, source in same_as.items():
-        if name in state or not isinstance(source, str) or source in same_as or source not in state:
-            raise SkeletonMismatchError(f"{folder}: tensor {name} is to share {source}, which is not there")
-        state[name] = state[source]
+    state = read_state(folder, same_as)
     wanted = {str(e.get("target")) for e in described["nodes"] if isinstance(e, dict) and e.get("op") == "get_attr"}
     for missing in sorted(wanted - set(state)):
-        raise SkeletonMismatchError(f"{folder}: the graph reads tensor {missing}, which {WEIGHTS_FILE} does not have")
+        raise SkeletonMismatchError(f"{folder}: the graph reads tensor {missing}, which {SINGLE_FILE} does not have")
     for unused in sorted(set(state) - wanted):
-        raise SkeletonMismatchError(f"{folder}: {WEIGHTS_FILE} has tensor {unused}, which the graph does not read")
+        raise SkeletonMismatchError(f"{folder}: {SINGLE_FILE} has tensor {unused}, which the graph does not read")
     model = graph_from_json(described, state, path)
     _refuse_misfit(model, manifest, folder)
     if manifest is not None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from transformers import QuantoConfig
 
 from splitquant_plugins.errors import ConfigError
+from splitquant_plugins.passes.base import ModelPass
 from splitquant_quanto.quantization import refuse_activations
 from splitquant_quanto.recipe import SplitQuantoConfig
-
-if TYPE_CHECKING:
-    from splitquant_plugins.passes.base import ModelPass
 
 WEIGHTS = ("int2", "int4", "int8")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import ClassVar
 
 from torch import nn
@@ -31,6 +30,7 @@ class QuantoBackend(Backend):
     name = "quanto"
     extra = "quanto"
     packages = ("optimum-quanto", "accelerate")
+    storage = "splitquant_quanto.storage"
     support: ClassVar = {
         "int2": Support(("channel",), ("affine",)),
         "int4": Support(("channel",), ("affine",)),
@@ -47,7 +47,6 @@ class QuantoBackend(Backend):
         return chosen
 
     def grid(self, chosen: WeightFormat) -> Grid:
-        """Return quanto's grid at that width."""
         from splitquant_quanto.grid import QuantoGrid
 
         return QuantoGrid(chosen.bits)
@@ -81,15 +80,3 @@ class QuantoBackend(Backend):
             return quantize_after(first, model, chosen.weights, method=chosen.method)
 
         return quantized_by(work, first, layers=stored_layers)
-
-    def save(self, quantized: QuantizedModel, folder: Path) -> None:
-        """Save as `splitquant_quanto.save` does."""
-        from splitquant_quanto.storage import save
-
-        save(quantized.model, folder)
-
-    def load(self, folder: Path) -> nn.Module:
-        """Load as `splitquant_quanto.load` does."""
-        from splitquant_quanto.storage import load
-
-        return load(folder)

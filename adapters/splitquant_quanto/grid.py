@@ -60,7 +60,6 @@ class QuantoGrid:
 
     @property
     def scheme(self) -> Scheme:
-        """Affine below 8 bits."""
         return "symmetric" if self.bits == 8 else "affine"
 
     @property
@@ -75,17 +74,14 @@ class QuantoGrid:
 
     @property
     def quant_min(self) -> int:
-        """Lowest code."""
         return self._uniform(torch.Size([1, 1])).quant_min
 
     @property
     def quant_max(self) -> int:
-        """Highest code."""
         return self._uniform(torch.Size([1, 1])).quant_max
 
     @property
     def whole(self) -> QuantoWholeGrid:
-        """The grid of layers that are not split."""
         return QuantoWholeGrid(self.bits)
 
     def _uniform(self, shape: torch.Size) -> UniformGrid:
@@ -93,11 +89,9 @@ class QuantoGrid:
         return UniformGrid(self.bits, self.scheme, "group" if size else "channel", size)
 
     def groups(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Cut a weight into 2-D views [groups, values]."""
         return self._uniform(tensor.shape).groups(tensor)
 
     def from_groups(self, groups: Sequence[Tensor], shape: torch.Size) -> Tensor:
-        """Put what `groups` cut back together."""
         return self._uniform(shape).from_groups(groups, shape)
 
     def qparams(self, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +147,6 @@ class QuantoWholeGrid(QuantoGrid):
 
     @property
     def whole(self) -> QuantoWholeGrid:
-        """This grid itself."""
         return self
 
     def _optimizer(self) -> AffineOptimizer:

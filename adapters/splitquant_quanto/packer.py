@@ -29,7 +29,11 @@ BLOCK = 1 << 19
 
 
 class QuantoPacker(Packer):
-    """Packs as `quantize`, `freeze` and `state_dict` of quanto do, with the zero-exact grid for parts."""
+    """Packs as `quantize`, `freeze` and `state_dict` of quanto do, with the zero-exact grid for parts.
+
+    In blocks: quanto's own way, all rows at once, takes 1.8 times as long at 2 bits and 4.7 times at 8, and twice the
+    weight's memory besides ([2048, 4096] in float32, one thread, quanto 0.2.7).
+    """
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
@@ -37,11 +41,9 @@ class QuantoPacker(Packer):
         self.grid = QuantoGrid(bits)
 
     def quantized(self, model: nn.Module) -> Sequence[str]:
-        """Linear and Conv2d layers."""
         return [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
 
     def ignored(self, model: nn.Module) -> Sequence[str]:
-        """Layers of kinds that quanto does not quantize."""
         return [name for name, m in model.named_modules() if splittable(m) and not isinstance(m, LAYERS)]
 
     def spec(self, shape: torch.Size, dtype: torch.dtype, *, part: bool) -> dict[str, TensorSpec]:
@@ -113,7 +115,6 @@ class QuantoPacker(Packer):
         return ZeroExactOptimizer() if part else MaxOptimizer()
 
     def describe(self, folder: Path, model: nn.Module, layers: Sequence[str], same_as: Mapping[str, str]) -> None:
-        """Write quanto's map of quantized layers, the names of shared tensors, and the configuration."""
         entry = {"weights": self.qtype.name, "activations": "none"}
         write_description(folder, model, dict.fromkeys(layers, entry), dict(same_as))
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import Any
 
 from optimum.quanto import quantize
 from optimum.quanto.nn import register_qmodule
@@ -18,9 +19,6 @@ from torch import nn
 
 from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.modules import SplitModule
-
-if TYPE_CHECKING:
-    from types import FrameType
 
 NEAR = 16  # quanto's call is a few frames above the assignment of a part
 

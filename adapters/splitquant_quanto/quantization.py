@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from optimum.quanto import HqqOptimizer, QTensor, freeze, quantize
-from torch import nn
+from torch import Tensor, nn
 
 from splitquant_plugins.errors import ConfigError, InputError
 from splitquant_plugins.passes.base import ModelPass
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d
 from splitquant_plugins.passes.select import matches
 from splitquant_quanto.grid import QuantoGrid, refuse_tinygemm_rows
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LAYERS = (nn.Linear, nn.Conv2d)
 

@@ -10,30 +10,24 @@ unexpected tensor for an error.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import init_empty_weights
 from optimum.quanto import quantization_map, requantize
 from optimum.quanto.models.transformers_models import QuantizedTransformersModel
 from optimum.quanto.nn import QModuleMixin
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from splitquant_plugins.checkpoints.coverage import note_quantized
-from splitquant_plugins.checkpoints.files import read_json, write_json
+from splitquant_plugins.checkpoints.files import read_described, write_json
 from splitquant_plugins.checkpoints.headers import TensorSpec
-from splitquant_plugins.checkpoints.pretrained_config import is_pretrained, plain_configuration
+from splitquant_plugins.checkpoints.pretrained_config import is_pretrained
 from splitquant_plugins.checkpoints.source import SINGLE_FILE
 from splitquant_plugins.checkpoints.tensors import read_state, untied_state, write_tensors
-from splitquant_plugins.checkpoints.transformers_models import (
-    empty_model,
-    load_config,
-    load_generation_config,
-    load_model,
-    save_generation_config,
-)
+from splitquant_plugins.checkpoints.transformers_models import load_model, model_of_folder, save_configs
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
 from splitquant_plugins.manifest import FILE_NAME, Manifest, manifest_of
 from splitquant_plugins.modules import SplitModule, layer_of_part
@@ -64,6 +58,10 @@ class _QMapEntry(BaseModel):
     activations: Literal["none"]
 
 
+class _QMap(RootModel):
+    root: Annotated[dict[str, _QMapEntry], Field(min_length=1)]
+
+
 def save(model: nn.Module, folder: str | Path) -> None:
     """Save a split model that quanto has quantized and frozen.
 
@@ -92,10 +90,7 @@ def write_description(folder: Path, model: nn.Module, qmap: dict[str, dict[str, 
     """Write what stands beside the tensors, but for the manifest; of the model only its configuration is read."""
     write_json(folder / QMAP_FILE, qmap)
     write_json(folder / STORAGE_FILE, Storage(same_as=same_as).model_dump())
-    if isinstance(model, PreTrainedModel):
-        config = plain_configuration(model.config)
-        write_json(folder / "config.json", {**config, "architectures": [type(model).__name__]})
-        save_generation_config(model, folder)
+    save_configs(model, folder)
 
 
 def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -109,25 +104,16 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     if model is None and is_pretrained(folder):
         return load_model(str(folder))
     manifest = Manifest.load(folder)
-    qmap = _read_qmap(folder / QMAP_FILE)
-    try:
-        storage = Storage.model_validate(read_json(folder / STORAGE_FILE))
-    except ValidationError as error:
-        raise InputError(f"{folder / STORAGE_FILE} is damaged: {error.errors()[0]['msg']}") from None
+    qmap = read_described(folder / QMAP_FILE, _QMap).model_dump()
+    storage = read_described(folder / STORAGE_FILE, Storage)
     if model is None:
-        config = _config_of(folder)
         with init_empty_weights():
-            model = empty_model(config, folder)
-        load_generation_config(model, folder)
+            model = model_of_folder(folder)
     model = apply_manifest(model, manifest)
     for name in qmap:
         if name not in dict(model.named_modules()):
             raise SkeletonMismatchError(f"{folder} quantizes {name}, which {type(model).__name__} does not have")
-    state = read_state(folder)
-    for name, source in storage.same_as.items():
-        if source not in state:
-            raise SkeletonMismatchError(f"{folder}: tensor {name} is to share {source}, which is not there")
-        state[name] = state[source]
+    state = read_state(folder, storage.same_as)
     _adopt_dtypes(model, state, qmap)
     _refuse_misfit(model, state, qmap, folder)
     try:
@@ -172,20 +158,6 @@ class QuantizedSplitModel(QuantizedTransformersModel):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save(self._wrapped, save_directory)
-
-
-def _config_of(folder: Path) -> Any:
-    try:
-        return load_config(folder)
-    except InputError as error:
-        raise InputError(f"{error}; for a model that is not of transformers, pass the unsplit float model") from None
-
-
-def _read_qmap(path: Path) -> dict[str, dict[str, str]]:
-    content = read_json(path)
-    if not isinstance(content, dict) or not content:
-        raise InputError(f"{path} lists no quantized layer")
-    return {name: validated_entry(entry, f"{path}: {name}") for name, entry in content.items()}
 
 
 def validated_entry(entry: Any, where: str) -> dict[str, str]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from optimum.quanto import QTensor
 from optimum.quanto.nn import QModuleMixin
+from torch import Tensor, nn
 
 from splitquant_plugins.backends import StoredWeight
 from splitquant_plugins.modules import layer_of_part
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 
 def stored_layers(model: nn.Module) -> dict[str, list[StoredWeight]]:

@@ -1,1 +1,1 @@
-"""The package's own plugins: splitters, layer types, activations and BatchNorm folding, one file each."""
+"""The package's own plugins: splitters, layer types, preparations and a backend, one file each."""

@@ -8,9 +8,14 @@ import secrets
 import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from splitquant_plugins.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Described = TypeVar("Described", bound="BaseModel")
 
 
 def refuse_output_file(path: Path, inputs: Iterable[str | Path] = ()) -> None:
@@ -103,6 +108,23 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:  # JSON, UTF-8 and numbers of thousands of digits
         raise InputError(f"{path} is not JSON: {error}") from None
+
+
+def read_described(path: Path, kind: type[Described]) -> Described:
+    """Read JSON that is to be what a pydantic model says; a missing, damaged or other file is an InputError."""
+    return described(read_json(path), path, kind)
+
+
+def described(content: Any, where: object, kind: type[Described]) -> Described:
+    """Return what JSON that was read describes; an InputError that says `where` for what the model does not take."""
+    from pydantic import ValidationError  # not needed for `splitquant --help`
+
+    try:
+        return kind.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise InputError(f"{where} is damaged or of another version: {key} {problem['msg']}") from None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

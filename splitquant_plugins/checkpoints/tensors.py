@@ -11,7 +11,7 @@ from torch import Tensor
 
 from splitquant_plugins.checkpoints.files import write_atomically
 from splitquant_plugins.checkpoints.source import SINGLE_FILE, Source, is_sharded
-from splitquant_plugins.errors import InputError
+from splitquant_plugins.errors import InputError, SkeletonMismatchError
 
 
 def untied_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -50,12 +50,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is damaged: {error}") from None
 
 
-def read_state(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of a folder, of one file or of shards, whose index and headers are checked first."""
+def read_state(folder: Path, same_as: Mapping[str, str]) -> dict[str, Tensor]:
+    """Read the tensors of a folder, of one file or of shards, whose index and headers are checked first.
+
+    `same_as` gives for names that are not stored the tensor that they share, as `untied_state` does.
+    """
     if (folder / SINGLE_FILE).is_file() or not is_sharded(folder):
-        return read_tensors(folder / SINGLE_FILE)
-    source = Source(folder)
-    return {name: source.read(name) for name in source.names}
+        state = read_tensors(folder / SINGLE_FILE)
+    else:
+        source = Source(folder)
+        state = {name: source.read(name) for name in source.names}
+    for name, kept in same_as.items():
+        if name in state or kept in same_as or kept not in state:
+            raise SkeletonMismatchError(f"{folder}: tensor {name} is to share {kept}, which is not there")
+        state[name] = state[kept]
+    return state
 
 
 def state_bytes(state: Mapping[str, Tensor]) -> int:

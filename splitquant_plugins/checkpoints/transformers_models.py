@@ -6,22 +6,18 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from splitquant_plugins.checkpoints.files import read_json, write_json
+from splitquant_plugins.checkpoints.pretrained_config import plain_configuration
 from splitquant_plugins.checkpoints.source import SINGLE_FILE, Source, is_sharded
-from splitquant_plugins.errors import InputError, MissingExtraError, first_line
+from splitquant_plugins.errors import InputError, first_line, optional
 
 
 def require_transformers() -> Any:
     """Return the transformers package, or raise MissingExtraError."""
-    try:
-        import transformers
-    except ImportError:
-        raise MissingExtraError(
-            'this needs transformers, which is not installed: pip install "splitquant-plugins[eval]"'
-        ) from None
-    return transformers
+    return optional("transformers", "this needs", "eval")
 
 
 def model_class(config: Any, where: str | Path) -> Any:
@@ -85,6 +81,18 @@ def load_config(model: str | Path) -> Any:
         raise InputError(f"cannot load the configuration of {model}: {first_line(error)}") from None
 
 
+def model_of_folder(folder: Path) -> nn.Module:
+    """Make the unsplit transformers model that a saved folder describes, with weights to be loaded into."""
+    try:
+        config = load_config(folder)
+    except InputError as error:
+        raise InputError(f"{error}; for a model that is not of transformers, pass the unsplit float model") from None
+    with torch.random.fork_rng(devices=[]):
+        model = empty_model(config, folder)
+    load_generation_config(model, folder)
+    return model
+
+
 def _loaded_whole(kind: Any, model: str) -> nn.Module:
     """Load a model in evaluation mode; one whose checkpoint lacks weights, which would be random, is refused."""
     folder = Path(model)
@@ -94,7 +102,8 @@ def _loaded_whole(kind: Any, model: str) -> nn.Module:
         # Mismatches are refused below, with their names.
         loaded, report = kind.from_pretrained(model, output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as error:  # whatever transformers makes of a file that is not what it should be
-        _refuse_broken_files(folder)
+        if is_sharded(folder) or (folder / SINGLE_FILE).is_file():
+            Source(folder, check_total=False)  # names the file that is damaged
         if isinstance(error, UnpicklingError):
             raise InputError(f"{model}: its pickled weights are damaged or no tensors; give safetensors") from None
         raise InputError(f"cannot load model {model}: {first_line(error)}") from None
@@ -110,11 +119,14 @@ def _loaded_whole(kind: Any, model: str) -> nn.Module:
 GENERATION_FILE = "generation_config.json"
 
 
-def save_generation_config(model: nn.Module, folder: Path) -> None:
-    """Write how a model generates, where it says so: at which tokens it stops, how it samples."""
-    generation: Any = getattr(model, "generation_config", None)
-    if generation is not None:
-        write_json(folder / GENERATION_FILE, generation.to_dict())
+def save_configs(model: nn.Module, folder: Path) -> None:
+    """Write the configuration of a transformers model, and how it generates, where it says so."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        write_json(folder / "config.json", {**plain_configuration(config), "architectures": [type(model).__name__]})
+        generation: Any = getattr(model, "generation_config", None)
+        if generation is not None:
+            write_json(folder / GENERATION_FILE, generation.to_dict())
 
 
 def load_generation_config(model: nn.Module, folder: Path) -> None:
@@ -159,12 +171,6 @@ def load_tokenizer(model: str) -> Any:
             "pad_token in its tokenizer_config.json, and pad_token_id in config.json"
         )
     return tokenizer
-
-
-def _refuse_broken_files(folder: Path) -> None:
-    """Raise, naming the file, where a safetensors checkpoint is damaged."""
-    if is_sharded(folder) or (folder / SINGLE_FILE).is_file():
-        Source(folder, check_total=False)
 
 
 def _refuse_missing_folder(model: str) -> None:

@@ -15,8 +15,10 @@ from splitquant_plugins.cli.options import (
     quiet_libraries,
     refuse_inputs_as_output,
     split_options,
+    weight_request,
 )
 from splitquant_plugins.cli.recipe_option import recipe_options
+from splitquant_plugins.evaluation import tables as report
 
 
 @click.command()
@@ -60,9 +62,7 @@ from splitquant_plugins.cli.recipe_option import recipe_options
 @split_options
 @json_option
 @recipe_options(several=True)
-@click.pass_context
 def compare(
-    context: click.Context,
     model: str,
     data: str,
     backends: list[str],
@@ -75,16 +75,10 @@ def compare(
     limit: int | None,
     equal_storage: bool,
     thresholds: tuple[str, ...],
-    granularity: Any,
-    group_size: int | None,
-    scheme: Any,
-    k: int | None,
-    budget: float | None,
     calibration: str | None,
-    extra: tuple[str, ...],
-    jobs: int,
     json_path: Path | None,
     decoupleq: dict[str, Any] | None,
+    **shared: Any,
 ) -> int:
     """Quantize MODEL, a classifier (Hub id or folder), in several ways and compare them on DATA.
 
@@ -96,7 +90,6 @@ def compare(
     from splitquant_plugins.backends import WeightRequest
     from splitquant_plugins.checkpoints.coverage import coverage_of, sentences
     from splitquant_plugins.evaluation import compare as comparison
-    from splitquant_plugins.evaluation import tables as report
     from splitquant_plugins.evaluation.choices import summary
     from splitquant_plugins.evaluation.thresholds import failures, parse_thresholds
     from splitquant_plugins.plugins import Plugins
@@ -107,11 +100,11 @@ def compare(
         click.echo("splitquant: warning: --values is called --method now; the old name goes away", err=True)
         methods = values
     refuse_inputs_as_output(json_path, model, data, calibration)
-    requests = [WeightRequest(width, granularity, group_size, scheme) for width in weights]
+    requests = [weight_request(width, **shared) for width in weights]
     if quantizers is not None:
-        _refuse_choices_of_weights(context)
+        _refuse_choices_of_weights()
         requests = [WeightRequest("", quantizer=name) for name in quantizers]
-    options = pass_options(k, budget, jobs, extra)
+    options = pass_options(**shared)
     batches = None if calibration is None else comparison.calibration_batches(model, calibration)
     plugins = Plugins.load()
     runs = comparison.plan_runs(plugins, backends, requests, splits, seeds, options, methods, batches, decoupleq)
@@ -147,11 +140,11 @@ def compare(
     return 1 if below else 0
 
 
-def _refuse_choices_of_weights(context: click.Context) -> None:
+def _refuse_choices_of_weights() -> None:
     """Raise ConfigError where the user also chose what a stock quantizer fixes."""
     from splitquant_plugins.errors import ConfigError
 
     for name in ("weights", "granularity", "group_size", "scheme", "equal_storage"):
-        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+        if click.get_current_context().get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
             option = name.replace("_", "-")
             raise ConfigError(f"--{option} goes without --quantizer: a stock quantizer says itself what it rounds to")

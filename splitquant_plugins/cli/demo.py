@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from splitquant_plugins.cli.options import json_option, quiet_libraries
-
-if TYPE_CHECKING:
-    from splitquant_plugins.evaluation.tables import Column
+from splitquant_plugins.evaluation import tables as report
 
 SPLIT = "auto"
 FREE = ("int2", "int4")
 PICTURE = "splitquant-demo.png"
 FULL = {"train_rows": 12000, "test_rows": 2000, "steps": 800}
 QUICK = {"train_rows": 400, "test_rows": 100, "steps": 5}
+LEFT_OUT = ("k", "method", "split_seconds", "quantize_seconds", "peak_mb")
 PACKAGES = ("splitquant-plugins", "torch", "transformers", "optimum-quanto")
 
 
@@ -48,12 +45,11 @@ def demo(context: click.Context, seed: int, quick: bool, picture: Path, json_pat
     from splitquant_plugins.demo.picture import draw_accuracy
     from splitquant_plugins.demo.subject import train_subject
     from splitquant_plugins.demo.training import one_thread
-    from splitquant_plugins.evaluation import tables as report
     from splitquant_plugins.evaluation.compare import compare, plan_runs
     from splitquant_plugins.evaluation.inspect_layers import count_outliers
     from splitquant_plugins.evaluation.metrics import linear_weights
     from splitquant_plugins.evaluation.pictures import require_matplotlib
-    from splitquant_plugins.plugins import Plugins
+    from splitquant_plugins.plugins import Plugins, version_of
     from splitquant_plugins.progress import track
 
     started = time.perf_counter()
@@ -93,7 +89,8 @@ def demo(context: click.Context, seed: int, quick: bool, picture: Path, json_pat
         f"FP32: accuracy {report.percent(fp32)} on n = {n} unseen notes, seed {seed}; {number:,} Linear weights in "
         f"{report.kilobytes(4 * number)} kB, {100 * outliers / number:.2f} % of them outliers."
     )
-    report.print_table("Plain weights and the default split", rows, _columns())
+    columns = [column for column in report.COMPARE_COLUMNS if column[0] not in LEFT_OUT]
+    report.print_table("Plain weights and the default split", rows, columns)
     for sentence in findings(rows):
         console.print(sentence)
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -104,31 +101,3 @@ def demo(context: click.Context, seed: int, quick: bool, picture: Path, json_pat
         "What a split gains on a model of yours: splitquant compare MODEL --data DATA, splitquant inspect MODEL"
     )
     report.write_rows(json_path, rows)
-
-
-def version_of(package: str) -> str:
-    """Return the version of an installed package."""
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _columns() -> Sequence[Column]:
-    from splitquant_plugins.evaluation import tables as report
-
-    shown = (
-        "backend",
-        "weights",
-        "granularity",
-        "scheme",
-        "split",
-        "accuracy",
-        "agreement",
-        "logit_sqnr_db",
-        "weight_sqnr_db",
-    )
-    known = {column[0]: column for column in report.COMPARE_COLUMNS}
-    return [known[key] for key in (*shown, "linear_bits_per_weight", "linear_bytes", "model_bytes")]

@@ -75,7 +75,7 @@ def export(
     first = (
         None
         if splitter == PLAIN
-        else SplitQuantPass(splitter=splitter, plugins=plugins, **pass_options(k, None, 1, extra))
+        else SplitQuantPass(splitter=splitter, plugins=plugins, **pass_options(k=k, extra=extra))
     )
     subject = load_exportable(model, calibration, length)
     rows: list[dict[str, Any]] = []

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from splitquant_plugins.cli.options import json_option, pass_options, quiet_libraries, refuse_inputs_as_output
+from splitquant_plugins.evaluation import tables as report
 
 if TYPE_CHECKING:
     from torch import nn
 
     from splitquant_plugins.evaluation.inspect_layers import Inspection
-    from splitquant_plugins.evaluation.tables import Column
     from splitquant_plugins.grid import Grid
     from splitquant_plugins.passes.splitquant import SplitQuantPass
+
+COLUMNS: tuple[report.Column, ...] = (
+    ("layer", "layer", report.text),
+    ("shape", "shape", lambda shape: "×".join(map(str, shape))),
+    ("min", "min", report.number),
+    ("max", "max", report.number),
+    ("outliers", "outliers", "{:,}".format),
+    ("scaling_factor", "S", report.number),
+    ("least_part_scaling_factor", "S split", report.number),
+    ("tensor_gain_db", "dB/tensor", "{:+.1f}".format),
+    ("channel_gain_db", "dB/channel", "{:+.1f}".format),
+    ("channel_plain_bits_per_weight", "bits", report.two_decimals),
+    ("channel_split_bits_per_weight", "bits split", report.two_decimals),
+)
+CURVE_COLUMNS: tuple[report.Column, ...] = (
+    ("bits_per_weight", "bits/weight", report.two_decimals),
+    ("error", "error", report.number),
+    ("weight_sqnr_db", "dB", report.two_decimals),
+    ("layer", "layer", report.text),
+    ("k", "k", report.text),
+)
 
 
 @click.command()
@@ -67,7 +89,6 @@ def inspect(
     from splitquant_plugins.checkpoints.transformers_models import load_model
     from splitquant_plugins.errors import InputError
     from splitquant_plugins.evaluation import pictures
-    from splitquant_plugins.evaluation import tables as report
     from splitquant_plugins.grid import UniformGrid
     from splitquant_plugins.manifest import FILE_NAME
     from splitquant_plugins.passes.splitquant import SplitQuantPass
@@ -80,7 +101,7 @@ def inspect(
         refuse_inputs_as_output(picture if picture.suffix else None, model)
         pictures.require_matplotlib()
     plugins = context.find_object(Plugins) or Plugins.load()
-    options = {"include": patterns, **pass_options(k, None, 1, extra)}
+    options = {"include": patterns, **pass_options(k=k, extra=extra)}
     split_pass = SplitQuantPass(splitter=splitter, plugins=plugins, **options)
     if (Path(model) / FILE_NAME).is_file():
         raise InputError(f"{model} was split before; inspect the float model that it was made from")
@@ -88,13 +109,13 @@ def inspect(
     layers = list(inspections(loaded, split_pass, bits))
     title = f"{model}: splitter {splitter}, k = {split_pass.config.k}, INT{bits}"
     rows = [row_of(layer, splitter, bits) for layer in layers]
-    report.print_table(title, rows, _columns())
+    report.print_table(title, rows, COLUMNS)
     for layer in layers:
         if layer.reason:
             click.echo(f"{layer.layer} stays whole: {layer.reason}")
     if curve:
         steps = curve_of(loaded, split_pass, UniformGrid(bits, granularity=granularity))
-        report.print_table(f"budget: stored bits per weight, per {granularity}", steps, _curve_columns())
+        report.print_table(f"budget: stored bits per weight, per {granularity}", steps, CURVE_COLUMNS)
     report.write_rows(json_path, rows)
     if picture is not None:
         pictures.write_picture(picture, title, layers)
@@ -167,79 +188,10 @@ def curve_of(model: nn.Module, split_pass: SplitQuantPass, grid: Grid) -> list[d
 
 def row_of(layer: Inspection, splitter: str, bits: int) -> dict[str, Any]:
     """Return a layer's row of the table and of the JSON."""
-    row: dict[str, Any] = {
-        "layer": layer.layer,
-        "kind": layer.kind,
-        "shape": list(layer.shape),
-        "weights": layer.weights,
-        "splitter": splitter,
-        "k": len(layer.parts),
-        "bits": bits,
-        "min": layer.low,
-        "max": layer.high,
-        "outliers": layer.outliers,
-        "scaling_factor": layer.scaling_factor,
-        "least_part_scaling_factor": layer.least_part_scaling_factor,
-        "parts": [
-            {"name": name, "min": low, "max": high, "scaling_factor": factor}
-            for name, (low, high), factor in zip(
-                layer.parts, layer.part_ranges, layer.part_scaling_factors, strict=True
-            )
-        ],
-        "boundaries": list(layer.boundaries),
-    }
+    own = ("layer", "kind", "shape", "weights", "min", "max", "outliers", "scaling_factor", "least_part_scaling_factor")
+    row: dict[str, Any] = {name: getattr(layer, name) for name in own}
+    row |= {"splitter": splitter, "k": len(layer.parts), "bits": bits, "boundaries": layer.boundaries}
+    row["parts"] = [asdict(part) for part in layer.parts]
     for name, gain in layer.gains.items():
-        row |= {
-            f"{name}_plain_db": gain.plain_db,
-            f"{name}_split_db": gain.split_db,
-            f"{name}_gain_db": gain.gain_db,
-            f"{name}_plain_bits_per_weight": gain.plain_bits,
-            f"{name}_split_bits_per_weight": gain.split_bits,
-        }
+        row |= {f"{name}_{key}": value for key, value in {**asdict(gain), "gain_db": gain.gain_db}.items()}
     return {**row, "reason": layer.reason}
-
-
-def _shape(value: list[int]) -> str:
-    return "×".join(map(str, value))
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
-
-
-def _gain(value: float) -> str:
-    return f"{value:+.1f}"
-
-
-def _count(value: int) -> str:
-    return f"{value:,}"
-
-
-def _curve_columns() -> Sequence[Column]:
-    from splitquant_plugins.evaluation.tables import text, two_decimals
-
-    return (
-        ("bits_per_weight", "bits/weight", two_decimals),
-        ("error", "error", _number),
-        ("weight_sqnr_db", "dB", two_decimals),
-        ("layer", "layer", text),
-        ("k", "k", text),
-    )
-
-
-def _columns() -> Sequence[Column]:
-    from splitquant_plugins.evaluation.tables import text, two_decimals
-
-    return (
-        ("layer", "layer", text),
-        ("shape", "shape", _shape),
-        ("min", "min", _number),
-        ("max", "max", _number),
-        ("outliers", "outliers", _count),
-        ("scaling_factor", "S", _number),
-        ("least_part_scaling_factor", "S split", _number),
-        ("tensor_gain_db", "dB/tensor", _gain),
-        ("channel_gain_db", "dB/channel", _gain),
-        ("channel_plain_bits_per_weight", "bits", two_decimals),
-        ("channel_split_bits_per_weight", "bits split", two_decimals),
-    )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from splitquant_plugins.checkpoints.files import refuse_output_file
 from splitquant_plugins.errors import ConfigError
+
+if TYPE_CHECKING:
+    from splitquant_plugins.backends import WeightRequest
 
 # What the commands have an option of their own for, which -O would overrule or contradict.
 OWN_OPTIONS = {
@@ -42,18 +45,16 @@ class CommaList(click.ParamType):
             self.fail(f"{value!r} is not a list of whole numbers", param, ctx)
 
 
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --json FILE."""
-    return click.option(
-        "--json", "json_path", type=click.Path(path_type=Path), callback=_writable, help="Write the rows as JSON too."
-    )(command)
-
-
 def _writable(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
     """Find out before any work whether the file can be written."""
     if path is not None:
         refuse_output_file(path)
     return path
+
+
+json_option = click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), callback=_writable, help="Write the rows as JSON too."
+)
 
 
 def refuse_inputs_as_output(path: Path | None, *inputs: str | Path | None) -> None:
@@ -62,37 +63,49 @@ def refuse_inputs_as_output(path: Path | None, *inputs: str | Path | None) -> No
         refuse_output_file(path, [each for each in inputs if each is not None and Path(each).exists()])
 
 
-def grid_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that choose the grid, where the backend leaves a choice."""
-    for option in (
-        click.option("--scheme", type=click.Choice(["affine", "symmetric"]), help="Default: the backend's best."),
-        click.option("--group-size", type=click.IntRange(min=1), help="Values that share a scale (group only)."),
-        click.option("--granularity", type=click.Choice(["tensor", "channel", "group"]), help="What shares a scale."),
-    ):
-        command = option(command)
-    return command
+def _all(*options: Callable[..., Any]) -> Callable[..., Any]:
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
-def split_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of the pass."""
-    for option in (
-        click.option("--jobs", type=int, default=1, show_default=True, help="Layers split at once; -1: all cores."),
-        click.option(
-            "-O", "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Further options of SplitQuantPass."
-        ),
-        click.option(
-            "--calibration",
-            type=click.Path(dir_okay=False),
-            help="csv with a column text, for what uses it; `self`: text that a language model writes itself.",
-        ),
-        click.option("--budget", type=float, help="Stored bits per weight; chooses the parts of each layer."),
-        click.option("--k", type=int, help="Parts per layer.  [default: 3]"),
-    ):
-        command = option(command)
-    return command
+# Those that choose the grid, where the backend leaves a choice.
+grid_options = _all(
+    click.option("--granularity", type=click.Choice(["tensor", "channel", "group"]), help="What shares a scale."),
+    click.option("--group-size", type=click.IntRange(min=1), help="Values that share a scale (group only)."),
+    click.option("--scheme", type=click.Choice(["affine", "symmetric"]), help="Default: the backend's best."),
+)
+# Those of the pass.
+split_options = _all(
+    click.option("--k", type=int, help="Parts per layer.  [default: 3]"),
+    click.option("--budget", type=float, help="Stored bits per weight; chooses the parts of each layer."),
+    click.option(
+        "--calibration",
+        type=click.Path(dir_okay=False),
+        help="csv with a column text, for what uses it; `self`: text that a language model writes itself.",
+    ),
+    click.option(
+        "-O", "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Further options of SplitQuantPass."
+    ),
+    click.option("--jobs", type=int, default=1, show_default=True, help="Layers split at once; -1: all cores."),
+)
 
 
-def pass_options(k: int | None, budget: float | None, jobs: int, extra: tuple[str, ...]) -> dict[str, Any]:
+def weight_request(
+    weights: str, *, granularity: Any, group_size: int | None, scheme: Any, method: str = "rtn", **_: Any
+) -> WeightRequest:
+    """Return the request for weights of a width with the grid that the options chose."""
+    from splitquant_plugins.backends import WeightRequest
+
+    return WeightRequest(weights, granularity, group_size, scheme, method)
+
+
+def pass_options(
+    *, k: int | None = None, budget: float | None = None, jobs: int = 1, extra: tuple[str, ...] = (), **_: Any
+) -> dict[str, Any]:
     """Return the keywords of SplitQuantPass; NAME=VALUE are true, false, numbers, lists with commas, or text."""
     options: dict[str, Any] = {"jobs": jobs}
     options.update({name: value for name, value in (("k", k), ("budget", budget)) if value is not None})

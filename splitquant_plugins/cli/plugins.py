@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from splitquant_plugins.cli.options import json_option
+from splitquant_plugins.evaluation import tables as report
 
 if TYPE_CHECKING:
     from splitquant_plugins.plugins import Plugins
@@ -20,7 +21,6 @@ def plugins(json_path: Path | None) -> None:
     import warnings
     from dataclasses import asdict
 
-    from splitquant_plugins.evaluation import tables as report
     from splitquant_plugins.plugins import Plugins
 
     with warnings.catch_warnings():

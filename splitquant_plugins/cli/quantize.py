@@ -14,8 +14,10 @@ from splitquant_plugins.cli.options import (
     quiet_libraries,
     refuse_inputs_as_output,
     split_options,
+    weight_request,
 )
 from splitquant_plugins.cli.recipe_option import recipe_options
+from splitquant_plugins.evaluation import tables as report
 
 
 @click.command()
@@ -49,39 +51,32 @@ def quantize(
     output: Path,
     stream: bool | None,
     scheduler: str | None,
-    granularity: Any,
-    group_size: int | None,
-    scheme: Any,
-    k: int | None,
-    budget: float | None,
     calibration: str | None,
-    extra: tuple[str, ...],
-    jobs: int,
     method: str,
     json_path: Path | None,
     decoupleq: dict[str, Any] | None,
+    **shared: Any,
 ) -> None:
     """Split and quantize MODEL (Hub id or folder) and save it.
 
     A checkpoint that is not streamed is saved for transformers' `from_pretrained`, after `import splitquant_plugins`,
     and for the backend's adapter; one that is streamed, for the adapter.
     """
-    from splitquant_plugins.backends import ROUND_TO_NEAREST, WeightRequest
+    from splitquant_plugins.backends import ROUND_TO_NEAREST
     from splitquant_plugins.checkpoints.coverage import coverage_of, sentences
-    from splitquant_plugins.evaluation import tables as report
     from splitquant_plugins.evaluation.compare import DECOUPLEQ, calibration_batches
     from splitquant_plugins.plugins import Plugins
     from splitquant_plugins.streaming.quantize_model import quantize_model
 
     quiet_libraries()
     refuse_inputs_as_output(json_path, model, calibration)
-    options = {**pass_options(k, budget, jobs, extra), "seed": seed, "progress": True}
+    options = {**pass_options(**shared), "seed": seed, "progress": True}
     solved = decoupleq or {} if method == DECOUPLEQ else None
     row = quantize_model(
         Plugins.load(),
         model,
         backend,
-        WeightRequest(weights, granularity, group_size, scheme, ROUND_TO_NEAREST if method == DECOUPLEQ else method),
+        weight_request(weights, method=ROUND_TO_NEAREST if method == DECOUPLEQ else method, **shared),
         splitter,
         output,
         options,

@@ -122,7 +122,7 @@ def _save(path: Path, given: Mapping[str, Any], decoupleq: dict[str, Any] | None
 
     refuse_output_file(path)
     known = {_single(name): value for name, value in given.items()} if several else dict(given)
-    split = pass_options(known["k"], known["budget"], 1, known["extra"])
+    split = pass_options(k=known["k"], budget=known["budget"], extra=known["extra"])
     del split["jobs"]
     methods = _without(known["method"], "decoupleq", also="rtn" if decoupleq is not None else None)
     splitter = _one("split", _without(known["splitter"], UNSPLIT)) or UNSPLIT

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from splitquant_plugins.clustering import kernels
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.parallel import chunks, in_threads, iter_in_threads
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from numpy.typing import NDArray
-    from torch import Tensor
-
-    Array = NDArray[Any]
+Array = NDArray[Any]
 
 # What the kernels take.
 _COMPILED = (torch.float32, torch.float64)

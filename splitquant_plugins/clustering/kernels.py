@@ -15,19 +15,17 @@ What is rounded, the difference, grows with v: so bins are monotone, and equal v
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from splitquant_plugins.compiled import compiled
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Array = NDArray[Any]
-    Bins = tuple[Array, Array, Array]
-    Items = tuple[Array, Array, Array]
-    Answers = tuple[Array, Array, Array]
+Array = NDArray[Any]
+Bins = tuple[Array, Array, Array]
+Items = tuple[Array, Array, Array]
+Answers = tuple[Array, Array, Array]
 
 # What rounding may add to the middle of two centres, as a part of the row's range.
 _ROUNDING = 1e-9

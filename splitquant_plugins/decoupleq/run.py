@@ -29,7 +29,7 @@ from splitquant_plugins.decoupleq.training import Learned, Objective, train
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.manifest import TrainingRecord, ValuesRecord
 from splitquant_plugins.passes.calibration import Batches, SecondMoment, iter_calls, iter_second_moments
-from splitquant_plugins.plugins import own_version
+from splitquant_plugins.plugins import version_of
 from splitquant_plugins.progress import track
 
 
@@ -357,7 +357,7 @@ class Run:
     def _fingerprint(self, stages: Sequence[Stage]) -> str:
         """Hash what the solutions depend on."""
         description = {
-            "version": own_version(),
+            "version": version_of(),
             "options": self.config.model_dump(),
             "stages": [stage.layers for stage in stages],
             "grids": {name: repr(layer.grid) for name, layer in self.layers.items()},

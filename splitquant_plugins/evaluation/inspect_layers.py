@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from splitquant_plugins.evaluation.metrics import ratio_db
+from splitquant_plugins.evaluation.metrics import sqnr_db
 from splitquant_plugins.grid import Grid
 from splitquant_plugins.modules import part_names
+from splitquant_plugins.solvers.rounding_error import quantized_sum
 
 OUTLIER_FENCE = 3.0
 HISTOGRAM_BINS = 80
@@ -33,8 +34,8 @@ class GridGain:
 
     plain_db: float
     split_db: float
-    plain_bits: float
-    split_bits: float
+    plain_bits_per_weight: float
+    split_bits_per_weight: float
 
     @property
     def gain_db(self) -> float:
@@ -43,24 +44,32 @@ class GridGain:
 
 
 @dataclass(frozen=True)
+class Range:
+    """A part's least and greatest value, and the paper's S, None where all values are equal."""
+
+    name: str
+    min: float
+    max: float
+    scaling_factor: float | None
+
+
+@dataclass(frozen=True)
 class Inspection:
     """One layer's weight before and after the split.
 
-    `outliers` counts values beyond `OUTLIER_FENCE` interquartile ranges from the quartiles. `scaling_factor` and
-    `part_scaling_factors` are the paper's S, None where all values are equal. `boundaries` are the values
-    halfway between neighbouring parts, empty where the parts' ranges overlap. `gains` are by grid granularity.
+    `outliers` counts values beyond `OUTLIER_FENCE` interquartile ranges from the quartiles. `scaling_factor` is the
+    paper's S, None where all values are equal. `boundaries` are the values halfway between neighbouring parts, empty
+    where the parts' ranges overlap. `gains` are by grid granularity.
     """
 
     layer: str
     kind: str
     shape: tuple[int, ...]
-    low: float
-    high: float
+    min: float
+    max: float
     outliers: int
     scaling_factor: float | None
-    parts: tuple[str, ...]
-    part_ranges: tuple[tuple[float, float], ...]
-    part_scaling_factors: tuple[float | None, ...]
+    parts: tuple[Range, ...]
     boundaries: tuple[float, ...]
     gains: dict[str, GridGain]
     histogram: Histogram = field(repr=False)
@@ -74,7 +83,7 @@ class Inspection:
     @property
     def least_part_scaling_factor(self) -> float | None:
         """The coarsest part's S."""
-        return min((factor for factor in self.part_scaling_factors if factor is not None), default=None)
+        return min((part.scaling_factor for part in self.parts if part.scaling_factor is not None), default=None)
 
 
 def inspect_weight(
@@ -98,13 +107,14 @@ def inspect_weight(
         layer=layer,
         kind=kind,
         shape=tuple(weight.shape),
-        low=float(weight.min()),
-        high=float(weight.max()),
+        min=float(weight.min()),
+        max=float(weight.max()),
         outliers=count_outliers(weight),
         scaling_factor=scaling_factor(weight, bits),
-        parts=part_names(len(shown)),
-        part_ranges=tuple((float(part.min()), float(part.max())) for part in shown),
-        part_scaling_factors=tuple(scaling_factor(part, bits) for part in shown),
+        parts=tuple(
+            Range(name, float(part.min()), float(part.max()), scaling_factor(part, bits))
+            for name, part in zip(part_names(len(shown)), shown, strict=True)
+        ),
         boundaries=boundaries_of(shown),
         gains={name: grid_gain(weight, wide[name], grid) for name, grid in grids.items()},
         histogram=histogram_of(weight, shown),
@@ -142,10 +152,10 @@ def boundaries_of(parts: Sequence[Tensor]) -> tuple[float, ...]:
 def grid_gain(weight: Tensor, parts: Sequence[Tensor], grid: Grid) -> GridGain:
     """Measure a grid on the weight and on its parts, each rounded by itself and then summed."""
     return GridGain(
-        plain_db=_sqnr_db(weight, [weight], grid),
-        split_db=_sqnr_db(weight, parts, grid),
-        plain_bits=grid.stored_bits(weight.shape) / weight.numel(),
-        split_bits=sum(grid.stored_bits(part.shape) for part in parts) / weight.numel(),
+        plain_db=sqnr_db(weight, quantized_sum([weight], grid)),
+        split_db=sqnr_db(weight, quantized_sum(parts, grid)),
+        plain_bits_per_weight=grid.stored_bits(weight.shape) / weight.numel(),
+        split_bits_per_weight=sum(grid.stored_bits(part.shape) for part in parts) / weight.numel(),
     )
 
 
@@ -161,12 +171,6 @@ def histogram_of(weight: Tensor, parts: Sequence[Tensor], bins: int = HISTOGRAM_
         return torch.from_numpy(np.histogram(tensor.detach().cpu().numpy(), edges)[0])
 
     return Histogram(torch.from_numpy(edges), counts(weight), tuple(counts(part[part != 0]) for part in parts))
-
-
-def _sqnr_db(weight: Tensor, parts: Sequence[Tensor], grid: Grid) -> float:
-    rounded = torch.stack([grid.quantize_dequantize(part).double() for part in parts]).sum(0)
-    exact = weight.double()
-    return ratio_db(float(exact.square().sum()), float((exact - rounded).square().sum()))
 
 
 def _wide(tensor: Tensor) -> Tensor:

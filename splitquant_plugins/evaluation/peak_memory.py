@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from types import TracebackType
 
 _STATUS = Path("/proc/self/statm")
 _INTERVAL = 0.01
@@ -14,7 +13,8 @@ class PeakMemory:
     """Measure the largest growth of the process's resident memory while the block runs.
 
     A thread samples it every 10 ms, so that short peaks may be missed; memory that the process had freed but not
-    given back, and uses again, does not count. `megabytes` is in units of 10^6 bytes, None without /proc.
+    given back, and uses again, does not count. (The system's own peak is that since the process began, and psutil has
+    nothing more than the number that is read here.) `megabytes` is in units of 10^6 bytes, None without /proc.
     """
 
     def __init__(self) -> None:
@@ -27,9 +27,7 @@ class PeakMemory:
         self._sampler.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._done.set()
         self._sampler.join()
         self._peak = max(self._peak, _resident())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from splitquant_plugins.checkpoints.files import write_atomically, write_text
-from splitquant_plugins.errors import ConfigError, MissingExtraError
+from splitquant_plugins.errors import ConfigError, optional
 from splitquant_plugins.evaluation.inspect_layers import Inspection
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
@@ -24,12 +24,7 @@ MAX_COLUMNS = 8
 
 def require_matplotlib() -> None:
     """Raise MissingExtraError unless matplotlib can be imported."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingExtraError(
-            'pictures need matplotlib, which is not installed: pip install "splitquant-plugins[eval]"'
-        ) from None
+    optional("matplotlib", "pictures need", "eval")
 
 
 def check_target(path: Path) -> None:
@@ -59,30 +54,23 @@ def overview(title: str, layers: Sequence[Inspection]) -> Any:
     """Return a figure of small multiples, one panel per layer, with one legend for all."""
     columns = min(MAX_COLUMNS, max(1, math.ceil(math.sqrt(len(layers)))))
     rows = math.ceil(len(layers) / columns)
-    columns_wide = max(columns, 2)  # room for the title and the legend above a single panel
-    header = 0.75
-    width, height = columns_wide * PANEL_INCHES[0], rows * PANEL_INCHES[1] + header
-    figure = new_figure(width, height)
-    heading = _shortened(title, int(9 * width))
-    figure.text(0.12 / width, 1 - 0.28 / height, heading, fontsize=12, fontweight="bold", color=INK, va="center")
-    for number, layer in enumerate(layers):
-        row, column = divmod(number, columns)
-        left = (column * PANEL_INCHES[0] * columns_wide / columns + 0.42) / width
-        bottom = (height - header - (row + 1) * PANEL_INCHES[1] + 0.32) / height
-        panel = (PANEL_INCHES[0] * columns_wide / columns - 0.62) / width, (PANEL_INCHES[1] - 0.82) / height
-        _draw(figure.add_axes((left, bottom, *panel)), layer, font=7)
+    width = max(columns, 2) * PANEL_INCHES[0]  # room for the title and the legend above a single panel
+    figure = new_figure(width, rows * PANEL_INCHES[1] + 0.75, "constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel, layer in zip(panels, layers, strict=False):
+        _draw(panel, layer, font=7)
+    for panel in panels[len(layers) :]:
+        panel.set_axis_off()
     most = max(layers, key=lambda layer: len(layer.parts))
-    bounded = any(layer.boundaries for layer in layers)
-    _legend(figure, most, 0.12 / width, 1 - 0.56 / height, bounded=bounded)
+    _legend(figure, most, _shortened(title, int(9 * width)), bounded=any(layer.boundaries for layer in layers))
     return figure
 
 
 def portrait(layer: Inspection) -> Any:
     """Return a figure of one layer."""
-    width, height = 6.4, 3.4
-    figure = new_figure(width, height)
-    _draw(figure.add_axes((0.09, 0.14, 0.88, 0.6)), layer, font=9, labels=True)
-    _legend(figure, layer, 0.09, 0.95, bounded=bool(layer.boundaries))
+    figure = new_figure(6.4, 3.4, "constrained")
+    _draw(figure.subplots(), layer, font=9, labels=True)
+    _legend(figure, layer, bounded=bool(layer.boundaries))
     return figure
 
 
@@ -148,29 +136,19 @@ def _caption(layer: Inspection) -> str:
     return f"{shape}: {gains}"
 
 
-def _legend(figure: Any, layer: Inspection, left: float, top: float, *, bounded: bool) -> None:
+def _legend(figure: Any, layer: Inspection, title: str = "", *, bounded: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     handles: list[Any] = [
-        Patch(color=colour, label=name.replace("_", " "))
-        for name, colour in zip(layer.parts, _colours(layer), strict=True)
+        Patch(color=colour, label=part.name.replace("_", " "))
+        for part, colour in zip(layer.parts, _colours(layer), strict=True)
     ]
     if bounded:
         handles.append(Line2D([], [], color=INK, linewidth=0.9, linestyle=DASHES, label="boundary"))
-    figure.legend(
-        handles=handles,
-        loc="center left",
-        bbox_to_anchor=(left, top),
-        ncols=len(handles),
-        fontsize=8,
-        frameon=False,
-        labelcolor=INK,
-        handlelength=1.6,
-        columnspacing=1.2,
-        borderaxespad=0,
-        borderpad=0,
-    )
+    style = {"fontsize": 8, "frameon": False, "labelcolor": INK, "handlelength": 1.6, "columnspacing": 1.2}
+    heading = {"title": title, "title_fontproperties": {"size": 12, "weight": "bold"}, "alignment": "left"}
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), **style, **heading)
 
 
 def _colours(layer: Inspection) -> list[str]:
@@ -186,12 +164,12 @@ def _shortened(text: str, length: int, *, end: bool = True) -> str:
     return f"…{text[-length + 1 :]}" if end else f"{text[: length - 1]}…"
 
 
-def new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float, layout: Any = None) -> Any:
     """Return an empty white figure of that size in inches, which needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=120, facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
     return figure
 

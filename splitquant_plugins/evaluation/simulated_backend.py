@@ -45,7 +45,6 @@ class SimulatedBackend(Backend):
         self.power_of_two_scale = power_of_two_scale
 
     def grid(self, chosen: WeightFormat) -> Grid:
-        """Return the uniform grid of that format."""
         return UniformGrid(
             chosen.bits,
             chosen.scheme,
@@ -82,11 +81,9 @@ class SimulatedBackend(Backend):
         return replace(quantized, state_bytes=quantized.state_bytes - _saved_bytes(layers))
 
     def save(self, quantized: QuantizedModel, folder: Path) -> None:
-        """Refuse: there is nothing but floats to save."""
         raise ConfigError("backend simulated stores no integers; choose a real backend to save a quantized model")
 
     def load(self, folder: Path) -> nn.Module:
-        """Refuse: nothing is saved."""
         raise ConfigError("backend simulated saves nothing that could be loaded")
 
 

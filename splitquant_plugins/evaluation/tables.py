@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from splitquant_plugins.checkpoints.files import write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Column = tuple[str, str, Callable[[Any], str]]
 
@@ -38,6 +38,11 @@ def two_decimals(value: float) -> str:
 def whole(value: float | None) -> str:
     """A number without decimals; nothing for None."""
     return "" if value is None else f"{value:.0f}"
+
+
+def number(value: float | None) -> str:
+    """A number with three digits; nothing for None."""
+    return "" if value is None else f"{value:.3g}"
 
 
 def text(value: object) -> str:
@@ -71,6 +76,9 @@ def print_table(
     title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], console: Console | None = None
 ) -> None:
     """Print rows as a table with the columns chosen."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left")
     for _, heading, show in columns:
         table.add_column(heading, justify="left" if show is text else "right", no_wrap=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from splitquant_plugins.errors import InputError, MissingExtraError, first_line
+from splitquant_plugins.errors import InputError, first_line, optional
 
 LONGEST_FIELD = 2**31 - 1  # characters; the csv module's own limit, 131072, is shorter than some texts
 SPLITS = ("test", "validation", "train")
@@ -92,12 +92,7 @@ def _csv_rows(path: Path, *, need_label: bool = True) -> Iterable[tuple[str, str
 
 
 def _hub_rows(source: str) -> Iterable[tuple[str, Any]]:
-    try:
-        import datasets
-    except ImportError:
-        raise MissingExtraError(
-            f'{source} is taken for a Hub id, which needs the package datasets: pip install "splitquant-plugins[eval]"'
-        ) from None
+    datasets = optional("datasets", f"{source} is taken for a Hub id, which needs the package", "eval")
     try:
         splits = datasets.load_dataset(source)
     except Exception as error:  # the library raises its own, the Hub's and the network's errors

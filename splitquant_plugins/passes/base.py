@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, equal, nn
 
 from splitquant_plugins.errors import ConfigError
-
-if TYPE_CHECKING:
-    from splitquant_plugins.grid import Grid
-    from splitquant_plugins.plugins import Plugins
+from splitquant_plugins.grid import Grid
+from splitquant_plugins.plugins import Plugins
 
 _KINDS: dict[str, type[ModelPass]] = {}
 GridRule = Callable[[str], "Grid | None"]
@@ -109,7 +107,6 @@ class PassSequence(ModelPass):
         return " + ".join(map(repr, self.passes))
 
     def options(self) -> dict[str, Any]:
-        """The passes."""
         return {"passes": [one.to_dict() for one in self.passes]}
 
     def __eq__(self, other: object) -> bool:
@@ -120,7 +117,6 @@ class PassSequence(ModelPass):
 
     @property
     def splits_activations(self) -> bool:
-        """Whether any of the passes splits activation layers."""
         return any(one.splits_activations for one in self.passes)
 
     def apply(self, model: nn.Module, *, grid: Grid | GridRule | None = None, ignore: Sequence[str] = ()) -> nn.Module:
@@ -147,13 +143,10 @@ def pass_from_dict(described: Any, plugins: Plugins | None = None) -> ModelPass:
     left_out = described.get("calibration") == "left out"
     if "plugins" in options or ("calibration" in described and not left_out):
         raise ConfigError(f"{kind.__name__}: JSON holds neither calibration data nor plugins")
-    made: ModelPass = kind.from_options({key: _tuples(value) for key, value in options.items()}, plugins)
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    made: ModelPass = kind.from_options(given, plugins)
     made.calibration_left_out = left_out
     return made
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _same(one: Any, other: Any) -> bool:

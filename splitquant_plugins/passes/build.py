@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from torch import Tensor, nn
+
+from splitquant_plugins.modules import SplitModule
 from splitquant_plugins.passes.module_tree import replace_module
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from splitquant_plugins.modules import SplitModule
-    from splitquant_plugins.plan import LayerPlan
-    from splitquant_plugins.plugins import Plugins
+from splitquant_plugins.plan import LayerPlan
+from splitquant_plugins.plugins import Plugins
 
 
 def build_split(

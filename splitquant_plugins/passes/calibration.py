@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from splitquant_plugins.errors import ConfigError, InputError, SplitQuantError, first_line
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d
-
-if TYPE_CHECKING:
-    from splitquant_plugins.passes.select import AnyLayer
+from splitquant_plugins.passes.select import AnyLayer
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
@@ -176,21 +174,23 @@ class RunningMean:
 
     def add(self, inputs: Tensor, mask: Tensor | None, others: Tensor | None = None) -> None:
         """Take in the inputs of a call; `others`, of the same shape, are the y."""
-        if others is None:
-            for rows in self._rows(inputs, mask):
-                self._add(rows, rows)
-        else:
-            for rows, other in zip(self._rows(inputs, mask), self._rows(others, mask), strict=True):
-                self._add(rows, other)
+        rows = self._rows(inputs, mask)
+        pairs = ((row, row) for row in rows) if others is None else zip(rows, self._rows(others, mask), strict=True)
+        for row, other in pairs:
+            self._add(row, other)
 
     def _rows(self, inputs: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
         layer = self.layer
-        is_convolution = isinstance(layer, _CONVOLUTIONS)
-        if not is_convolution and mask is not None and inputs.ndim >= 3 and inputs.shape[:2] == mask.shape:
+        if (
+            not isinstance(layer, _CONVOLUTIONS)
+            and mask is not None
+            and inputs.ndim >= 3
+            and inputs.shape[:2] == mask.shape
+        ):
             inputs = inputs[mask.to(inputs.device) != 0]
-        width, axis = self.matrix.shape[-1], -1
+        width, axis, taps = self.matrix.shape[-1], -1, 1
         if isinstance(layer, _CONVOLUTIONS):
-            width, axis = layer.in_channels, 1 - layer.weight.ndim
+            width, axis, taps = layer.in_channels, 1 - layer.weight.ndim, layer.weight[0, 0].numel()
         if inputs.ndim < -axis or inputs.shape[axis] != width:
             raise InputError(f"{self.name or 'the model'} takes {width} features, and gets {tuple(inputs.shape)}")
         if not torch.isfinite(inputs).all():
@@ -203,12 +203,9 @@ class RunningMean:
             inputs = inputs.reshape(-1, inputs.shape[-1])
         elif inputs.ndim == layer.weight.ndim - 1:
             inputs = inputs.unsqueeze(0)
-        per_example = max(inputs[:1].numel(), 1) * (self._taps() if is_convolution else 1)
+        per_example = max(inputs[:1].numel(), 1) * taps
         for chunk in torch.split(inputs, max(_CHUNK_ELEMENTS // per_example, 1)):
             yield input_rows(layer, chunk).to(self.matrix)
-
-    def _taps(self) -> int:
-        return int(self.layer.weight[0, 0].numel()) if isinstance(self.layer, _CONVOLUTIONS) else 1
 
     def _add(self, rows: Tensor, others: Tensor) -> None:
         if rows.shape[1] == 0:
@@ -342,17 +339,6 @@ def plan_passes(sizes: Mapping[str, tuple[int, int, int]], itemsize: int, max_by
 
 def _pad(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:
     """Pad the spatial axes as the convolution does."""
-    margins: list[int] = []
-    for axis in reversed(range(len(layer.kernel_size))):
-        if layer.padding == "valid":
-            before = after = 0
-        elif layer.padding == "same":
-            total = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
-            before, after = total // 2, total - total // 2
-        else:
-            before = after = int(layer.padding[axis])
-        margins += [before, after]
-    if not any(margins):
-        return inputs
+    margins = layer._reversed_padding_repeated_twice
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return nn.functional.pad(inputs, margins, mode=mode)
+    return nn.functional.pad(inputs, margins, mode=mode) if any(margins) else inputs

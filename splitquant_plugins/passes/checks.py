@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,7 @@ from splitquant_plugins.manifest import ATTRIBUTE
 from splitquant_plugins.modules import SplitActivation, SplitModule, is_tensor_subclass
 from splitquant_plugins.parallel import chunks, in_threads, spans
 from splitquant_plugins.parts import sum_parts
-
-if TYPE_CHECKING:
-    from splitquant_plugins.passes.select import Layer
+from splitquant_plugins.passes.select import Layer
 
 QUANTIZED_PACKAGES = (
     "optimum.quanto",
@@ -36,7 +33,8 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def refuse_unfit_model(model: object) -> None:
     """Raise unless this is a float model that was never split."""
     if isinstance(model, torch.export.ExportedProgram) or (
-        isinstance(model, torch.fx.GraphModule) and not _has_layers(model)
+        isinstance(model, torch.fx.GraphModule)
+        and not any(isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) for module in model.modules())
     ):
         raise InputError(
             "an exported graph has no layer modules to split; attach the pass to the PT2E quantizer instead: "
@@ -133,7 +131,3 @@ def _sum_is_close(tensor: Tensor, parts: Sequence[Tensor]) -> bool:
         largest = torch.maximum(largest, part.abs())
     allowed = largest.mul_(torch.finfo(tensor.dtype).eps * max(len(parts) - 1, 0))
     return bool(((total - tensor).abs() <= allowed).all())
-
-
-def _has_layers(model: nn.Module) -> bool:
-    return any(isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) for module in model.modules())

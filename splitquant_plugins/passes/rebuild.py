@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import nn
 
 from splitquant_plugins.checkpoints.transformers_models import forget_tied_embeddings
 from splitquant_plugins.errors import AlreadySplitError, SkeletonMismatchError
-from splitquant_plugins.manifest import ATTRIBUTE, Manifest, set_manifest
+from splitquant_plugins.manifest import ATTRIBUTE, LayerRecord, Manifest, set_manifest
 from splitquant_plugins.modules import SplitModule, part_names
 from splitquant_plugins.passes.build import build_split, replace_everywhere
+from splitquant_plugins.passes.calibration import evaluating
 from splitquant_plugins.passes.checks import DTYPES
 from splitquant_plugins.passes.module_tree import restored_on_error
 from splitquant_plugins.plan import LayerPlan
 from splitquant_plugins.plugins import Plugins
-
-if TYPE_CHECKING:
-    from splitquant_plugins.manifest import LayerRecord
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
@@ -26,38 +24,23 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 def apply_manifest(model: nn.Module, manifest: Manifest, plugins: Plugins | None = None) -> nn.Module:
     """Rebuild the split skeleton in a freshly made, unsplit model, with empty parts to be loaded into.
 
+    The steps that prepared the model (BatchNorm folding, activations) are repeated first. Every layer is checked before
+    the first is replaced; on an error the model is put back as it was.
+
     Raises SkeletonMismatchError where a layer is missing or has another shape, AlreadySplitError where the
     model was split before.
     """
     if getattr(model, ATTRIBUTE, None) is not None:
         raise AlreadySplitError("the model was split before; rebuild the skeleton in a fresh one")
-    model = rebuild(model, manifest, plugins or Plugins.load())
+    plugins = plugins or Plugins.load()
+    with restored_on_error(model):
+        with evaluating(model):  # the model that was saved had its BatchNorm layers folded in that mode
+            plugins.prepare_model(model, manifest.config)
+        model = _replace(model, manifest, plugins)
     if manifest.config.untie_embeddings:
         forget_tied_embeddings(model)
     set_manifest(model, manifest)
     return model
-
-
-def rebuild(model: nn.Module, manifest: Manifest, plugins: Plugins) -> nn.Module:
-    """Replace every layer that the manifest says was split by a split module with empty parts.
-
-    The steps that prepared the model (BatchNorm folding, activations) are repeated first. Every layer is
-    checked before the first is replaced; on an error the model is put back as it was.
-    """
-    with restored_on_error(model):
-        _prepare(model, manifest, plugins)
-        return _replace(model, manifest, plugins)
-
-
-def _prepare(model: nn.Module, manifest: Manifest, plugins: Plugins) -> None:
-    """Repeat the preparation in evaluation mode: the model that was saved had its BatchNorm layers folded in it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        plugins.prepare_model(model, manifest.config)
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _replace(model: nn.Module, manifest: Manifest, plugins: Plugins) -> nn.Module:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from splitquant_plugins.config import SplitConfig
 from splitquant_plugins.errors import SplitQuantWarning
 from splitquant_plugins.manifest import LayerRecord, Manifest
 from splitquant_plugins.modules import part_names
-from splitquant_plugins.plugins import own_version
-
-if TYPE_CHECKING:
-    from splitquant_plugins.config import SplitConfig
-    from splitquant_plugins.passes.split_layer import SplitTensors
-    from splitquant_plugins.plan import LayerPlan
+from splitquant_plugins.passes.split_layer import SplitTensors
+from splitquant_plugins.plan import LayerPlan
+from splitquant_plugins.plugins import version_of
 
 
 def new_manifest(
@@ -25,7 +23,7 @@ def new_manifest(
 ) -> Manifest:
     """Return a manifest of this version of the package."""
     return Manifest(
-        version=own_version(),
+        version=version_of(),
         config=config,
         splitter_options=dict(splitter_options or {}),
         notes=list(notes),

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from torch import nn
 
+from splitquant_plugins.config import SplitConfig
 from splitquant_plugins.errors import ConfigError, InputError
 from splitquant_plugins.passes.module_tree import occurrences
 from splitquant_plugins.plan import LayerPlan, Skip
-
-if TYPE_CHECKING:
-    from splitquant_plugins.config import SplitConfig
-    from splitquant_plugins.plugins import Plugins
+from splitquant_plugins.plugins import Plugins
 
 NOT_QUANTIZED = "the recipe does not quantize it"
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import nn
 
+from splitquant_plugins.config import SplitConfig
 from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.modules import SplitActivation
 from splitquant_plugins.passes.module_tree import occurrences, replace_module
 from splitquant_plugins.passes.select import reason_to_ignore
-
-if TYPE_CHECKING:
-    from splitquant_plugins.config import SplitConfig
 
 ELEMENTWISE = (
     nn.ReLU,
@@ -54,12 +50,17 @@ def split_activations(model: nn.Module, config: SplitConfig) -> list[str]:
     The feature dimension is `config.activation_dim`, or else what the Linear or convolution that was
     registered last before the activation puts its features in: last, or the channel dimension.
     """
-    notes, dim, ranks = [], -1, LINEAR_RANKS
+    notes = []
+    # Of the layer before: the dimension of its features, from the end, and the least and the most dimensions it gives.
+    dim, ranks = -1, LINEAR_RANKS
     for module, names in occurrences(model):
         name = names[0]
-        dim = feature_dim(module, dim)
-        ranks = _ranks(module, ranks)
-        reason = refusal(module)
+        if isinstance(module, nn.Linear):
+            dim, ranks = -1, LINEAR_RANKS
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            spatial = len(module.kernel_size)
+            dim, ranks = -1 - spatial, (spatial + 1, spatial + 2)
+        reason = next((reason for kind, reason in REFUSED.items() if isinstance(module, kind)), None)
         if reason:
             notes.append(f"activation {name} ({type(module).__name__}) is left whole: {reason}")
         elif is_elementwise(module) and reason_to_ignore([name], config) is None:
@@ -76,32 +77,9 @@ def split_activations(model: nn.Module, config: SplitConfig) -> list[str]:
     return notes
 
 
-def _ranks(module: nn.Module, previous: tuple[int, int]) -> tuple[int, int]:
-    """The least and the most dimensions of a layer's output."""
-    if isinstance(module, nn.Linear):
-        return LINEAR_RANKS
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return len(module.kernel_size) + 1, len(module.kernel_size) + 2
-    return previous
-
-
-def feature_dim(module: nn.Module, previous: int) -> int:
-    """Dimension, counted from the end, that holds a layer's output features."""
-    if isinstance(module, nn.Linear):
-        return -1
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return -1 - len(module.kernel_size)
-    return previous
-
-
 def is_elementwise(module: nn.Module) -> bool:
     """Whether a module applies one function to each value: torch's activations and transformers' classes."""
     if type(module) in ELEMENTWISE:
         return True
     is_hugging_face = type(module).__module__ == "transformers.activations"
     return is_hugging_face and not any(True for _ in module.parameters())
-
-
-def refusal(module: nn.Module) -> str | None:
-    """Why an activation cannot be cut into chunks."""
-    return next((reason for kind, reason in REFUSED.items() if isinstance(module, kind)), None)

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from splitquant_plugins.errors import CannotSplit, ConfigError, SplitFailedError, SplitQuantWarning
+from splitquant_plugins.grid import Granularity, Grid
 from splitquant_plugins.passes.budget import Candidate
 from splitquant_plugins.passes.checks import refuse_malformed_parts, refuse_wrong_sum
+from splitquant_plugins.plan import LayerPlan, TensorPlan
+from splitquant_plugins.plugins import Plugins
 from splitquant_plugins.solvers.rounding_error import output_error, rounds_rows_alone
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from splitquant_plugins.grid import Granularity, Grid
-    from splitquant_plugins.plan import LayerPlan, TensorPlan
-    from splitquant_plugins.plugins import Plugins
 
 MOST_BUDGET_PARTS = 4
 # Sums of squares in another order differ by less, relative to the sum.
@@ -72,60 +69,50 @@ class SplitTensors:
     error: Errors | None = None
 
 
-class LayerSplitter:
-    """Splits the tensors of one layer; joblib may carry it to another process."""
+@torch.no_grad()
+def split_task(task: LayerTask, plugins: Plugins) -> SplitTensors:
+    """Return the parts, as many of the weight as of the bias; what is no answer at all leaves the layer whole.
 
-    def __init__(self, plugins: Plugins) -> None:
-        self._plugins = plugins
+    Where the grid is known, so does a split that does not lower the error, unless its splitter always splits.
+    """
+    started = time.perf_counter()
+    stand_in = plugins.splitter(task.weight_plan.splitter).stand_in(task.grid)
+    plan = task.weight_plan if stand_in is None else replace(task.weight_plan, splitter=stand_in.splitter)
+    splitter = plugins.splitter(plan.splitter)
+    why = "" if stand_in is None else stand_in.why
+    error: Errors | None = None
+    try:
+        weights = _parts(task.weight, plan, task.grid, plugins)
+        if len(weights) == 1:
+            raise CannotSplit("one part is the layer itself")
+        error = None if task.grid is None else _errors(task.weight, weights, task.grid, plan.second_moment)
+        if error is not None and not error.lowered and not splitter.always_splits:
+            raise CannotSplit(_no_gain(error, plan))
+        biases = [] if task.bias is None else [task.bias.clone()]  # kept by the first part
+        if task.bias is not None and task.bias_plan is not None and splitter.splits_bias:
+            bias_plan = replace(task.bias_plan, k=len(weights), splitter=plan.splitter)
+            with suppress(CannotSplit):  # a constant bias, often all zero
+                biases = _parts(task.bias, bias_plan, None, plugins)
+    except CannotSplit as answer:
+        seconds = time.perf_counter() - started
+        return SplitTensors([], [], seconds, answer.reason, splitter=plan.splitter, why=why, error=error)
+    except SplitFailedError as failure:
+        return _failed(failure, time.perf_counter() - started)
+    return SplitTensors(
+        weights,
+        [*biases, *[None] * (len(weights) - len(biases))],
+        time.perf_counter() - started,
+        splitter=plan.splitter,
+        why=why,
+        granularity=plan.granularity,
+        error=error,
+    )
 
-    @torch.no_grad()
-    def __call__(self, task: LayerTask) -> SplitTensors:
-        """Return the parts, as many of the weight as of the bias; what is no answer at all leaves the layer whole.
 
-        Where the grid is known, so does a split that does not lower the error, unless its splitter always splits.
-        """
-        started = time.perf_counter()
-        stand_in = self._plugins.splitter(task.weight_plan.splitter).stand_in(task.grid)
-        plan = task.weight_plan if stand_in is None else replace(task.weight_plan, splitter=stand_in.splitter)
-        splitter = self._plugins.splitter(plan.splitter)
-        why = "" if stand_in is None else stand_in.why
-        error: Errors | None = None
-        try:
-            weights = self._parts(task.weight, plan, task.grid)
-            if len(weights) == 1:
-                raise CannotSplit("one part is the layer itself")
-            error = None if task.grid is None else _errors(task.weight, weights, task.grid, plan.second_moment)
-            if error is not None and not error.lowered and not splitter.always_splits:
-                raise CannotSplit(_no_gain(error, plan))
-            bias_plan = task.bias_plan if splitter.splits_bias else None
-            found = [] if task.bias is None else self._bias_parts(task.bias, bias_plan, plan.splitter, len(weights))
-        except CannotSplit as answer:
-            seconds = time.perf_counter() - started
-            return SplitTensors([], [], seconds, answer.reason, splitter=plan.splitter, why=why, error=error)
-        except SplitFailedError as failure:
-            return _failed(failure, time.perf_counter() - started)
-        return SplitTensors(
-            weights,
-            [*found, *[None] * (len(weights) - len(found))],
-            time.perf_counter() - started,
-            splitter=plan.splitter,
-            why=why,
-            granularity=plan.granularity,
-            error=error,
-        )
-
-    def _parts(self, tensor: Tensor, plan: TensorPlan, grid: Grid | None) -> list[Tensor]:
-        parts = self._plugins.split_tensor(tensor, plan, grid)
-        refuse_malformed_parts(f"{plan.layer}.{plan.role}", tensor, parts, plan.k)
-        return parts
-
-    def _bias_parts(self, bias: Tensor, plan: TensorPlan | None, splitter: str, k: int) -> list[Tensor]:
-        if plan is None:
-            return [bias.clone()]
-        try:
-            return self._parts(bias, replace(plan, k=k, splitter=splitter), None)
-        except CannotSplit:  # a constant bias, often all zero, stays in the first part
-            return [bias.clone()]
+def _parts(tensor: Tensor, plan: TensorPlan, grid: Grid | None, plugins: Plugins) -> list[Tensor]:
+    parts = plugins.split_tensor(tensor, plan, grid)
+    refuse_malformed_parts(f"{plan.layer}.{plan.role}", tensor, parts, plan.k)
+    return parts
 
 
 def _errors(weight: Tensor, parts: Sequence[Tensor], grid: Grid, second_moment: Tensor | None) -> Errors:
@@ -140,30 +127,24 @@ def _no_gain(error: Errors, plan: TensorPlan) -> str:
     )
 
 
-class CandidateMeasure:
-    """Measures, for one layer, what 1 to 4 parts store and what error the grid leaves of them."""
+def measure_candidates(task: LayerTask, plugins: Plugins) -> list[Candidate]:
+    """Return what 1 to 4 parts store, and the squared error of the layer's weights, or of its outputs with calibration.
 
-    def __init__(self, plugins: Plugins) -> None:
-        self._split = LayerSplitter(plugins)
-
-    def __call__(self, task: LayerTask) -> list[Candidate]:
-        """Return the candidates, with the squared error of the layer's weights, or of its outputs with calibration.
-
-        Relative to the layer's own energy, errors ask for parts where the weights are small and matter little;
-        measured, absolute ones keep more of a model's outputs at the same budget. Of a large weight, rows are measured.
-        """
-        plan, grid = task.weight_plan, task.grid
-        if grid is None:
-            raise ConfigError(f"budget: the recipe states no grid for {plan.layer}, so gains cannot be measured")
-        bits = grid.stored_bits(task.weight.shape)
-        weight = _even_rows(task.weight, grid, plan.second_moment)
-        times = task.weight.numel() / max(weight.numel(), 1)
-        candidates = [Candidate(1, bits, times * output_error(weight, [weight], grid, plan.second_moment))]
-        for k in range(2, MOST_BUDGET_PARTS + 1):
-            split = self._split(replace(task, weight=weight, bias=None, weight_plan=replace(plan, k=k)))
-            if split.error is not None:
-                candidates.append(Candidate(k, len(split.weight) * bits, times * split.error.split))
-        return candidates
+    Relative to the layer's own energy, errors ask for parts where the weights are small and matter little;
+    measured, absolute ones keep more of a model's outputs at the same budget. Of a large weight, rows are measured.
+    """
+    plan, grid = task.weight_plan, task.grid
+    if grid is None:
+        raise ConfigError(f"budget: the recipe states no grid for {plan.layer}, so gains cannot be measured")
+    bits = grid.stored_bits(task.weight.shape)
+    weight = _even_rows(task.weight, grid, plan.second_moment)
+    times = task.weight.numel() / max(weight.numel(), 1)
+    candidates = [Candidate(1, bits, times * output_error(weight, [weight], grid, plan.second_moment))]
+    for k in range(2, MOST_BUDGET_PARTS + 1):
+        split = split_task(replace(task, weight=weight, bias=None, weight_plan=replace(plan, k=k)), plugins)
+        if split.error is not None:
+            candidates.append(Candidate(k, len(split.weight) * bits, times * split.error.split))
+    return candidates
 
 
 def _even_rows(weight: Tensor, grid: Grid, second_moment: Tensor | None) -> Tensor:

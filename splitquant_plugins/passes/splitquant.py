@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from joblib import Parallel, delayed
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from splitquant_plugins.checkpoints.coverage import coverage, float_tensors
 from splitquant_plugins.checkpoints.transformers_models import forget_tied_embeddings
 from splitquant_plugins.config import SplitConfig, config_from, validated
 from splitquant_plugins.errors import ConfigError, SplitQuantWarning
+from splitquant_plugins.grid import Granularity, Grid
 from splitquant_plugins.manifest import LayerRecord, Manifest, set_manifest
+from splitquant_plugins.modules import SplitModule
 from splitquant_plugins.passes.base import GridRule, ModelPass
 from splitquant_plugins.passes.budget import Candidate, allocate
 from splitquant_plugins.passes.build import build_split, replace_everywhere
@@ -23,25 +25,19 @@ from splitquant_plugins.passes.calibration import Batches, LayerMoments
 from splitquant_plugins.passes.checks import refuse_unfit_model, refuse_unfit_weights
 from splitquant_plugins.passes.module_tree import restored_on_error
 from splitquant_plugins.passes.record import ignored_record, layer_record, new_manifest, warn_of_harm
-from splitquant_plugins.passes.select import Layer, select_layers
+from splitquant_plugins.passes.select import AnyLayer, Layer, select_layers
 from splitquant_plugins.passes.split_layer import (
-    CandidateMeasure,
-    LayerSplitter,
     LayerTask,
     SplitTensors,
     as_parameters,
     check_split,
+    measure_candidates,
     share_parts,
+    split_task,
 )
 from splitquant_plugins.plan import LayerPlan, TensorPlan
 from splitquant_plugins.plugins import Plugins
 from splitquant_plugins.progress import track
-
-if TYPE_CHECKING:
-    from splitquant_plugins.config import SplitConfig
-    from splitquant_plugins.grid import Granularity, Grid
-    from splitquant_plugins.modules import SplitModule
-    from splitquant_plugins.passes.select import AnyLayer
 
 WITHIN_BUDGET = "within the budget, splitting other layers gains more, or splitting it gains nothing"
 
@@ -86,20 +82,12 @@ class SplitQuantPass(ModelPass):
         if self.config.budget is not None and "k" in options:
             raise ConfigError("budget chooses the parts of each layer; leave k out")
         rest = {key: value for key, value in options.items() if key not in own}
-        unknown = set(rest) - set(self._splitter.Options.model_fields)
-        if unknown:
-            allowed = sorted(
-                [*SplitConfig.model_fields, *self._splitter.Options.model_fields, "calibration", "jobs", "progress"]
-            )
-            raise ConfigError(
-                f"SplitQuantPass with splitter {self.config.splitter!r} has no option "
-                f"{', '.join(map(repr, sorted(unknown)))}; it takes: {', '.join(allowed)}"
-            )
-        self.splitter_options = validated(self._splitter.Options, rest, f"splitter {self.config.splitter!r}")
+        also = [*SplitConfig.model_fields, "calibration", "jobs", "progress"]
+        owner = f"SplitQuantPass with splitter {self.config.splitter!r}"
+        self.splitter_options = validated(self._splitter.Options, rest, owner, also)
 
     @property
     def splits_activations(self) -> bool:
-        """Whether activation layers are split too."""
         return self.config.activations
 
     @property
@@ -179,9 +167,9 @@ class SplitQuantPass(ModelPass):
                 self.task(layer.name, layer.plan, grid, numbers.get(layer.name), found.get(layer.name))
                 for layer in firsts.values()
             )
-            split = delayed(LayerSplitter(self.plugins))
             # Threads share the weights; a joblib backend that the caller configured takes precedence.
-            results = Parallel(n_jobs=self.jobs, prefer="threads", return_as="generator")(split(task) for task in tasks)
+            workers = Parallel(n_jobs=self.jobs, prefer="threads", return_as="generator")
+            results = workers(delayed(split_task)(task, self.plugins) for task in tasks)
             for layer in track(group, "splitting layers", enabled=self.progress):
                 key = _identity(layer.plan.weight)
                 if key in done:
@@ -204,8 +192,8 @@ class SplitQuantPass(ModelPass):
         options: dict[str, list[Candidate]] = {}
         for group, found in moments.groups(layers):
             tasks = (self.task(layer.name, layer.plan, grid, None, found.get(layer.name)) for layer in group)
-            measure = delayed(CandidateMeasure(self.plugins))
-            answers = Parallel(n_jobs=self.jobs, prefer="threads")(measure(task) for task in tasks)
+            workers = Parallel(n_jobs=self.jobs, prefer="threads")
+            answers = workers(delayed(measure_candidates)(task, self.plugins) for task in tasks)
             options.update(zip([layer.name for layer in group], answers, strict=True))
         weights = sum(layer.plan.weight.numel() for layer in layers)
         return {name: candidate.k for name, candidate in allocate(options, self.config.budget * weights).items()}
@@ -249,11 +237,11 @@ class SplitQuantPass(ModelPass):
 
         In `k` parts, or as many as the options say.
         """
-        return check_split(name, plan, LayerSplitter(self.plugins)(self.task(name, plan, grid, k)))
+        return check_split(name, plan, split_task(self.task(name, plan, grid, k), self.plugins))
 
     def candidates(self, name: str, plan: LayerPlan, grid: Grid) -> list[Candidate]:
         """What 1 to 4 parts of a layer would store and what error they would leave, without calibration."""
-        return CandidateMeasure(self.plugins)(self.task(name, plan, grid))
+        return measure_candidates(self.task(name, plan, grid), self.plugins)
 
     def task(
         self,

@@ -12,7 +12,7 @@ _SAMPLE = 1 << 18
 
 @dataclass(frozen=True)
 class Sketch:
-    """Cells as at most m sorted values with counts; float64, each group divided by its largest magnitude.
+    """Groups as at most m sorted values with counts; float64, each group divided by its largest magnitude.
 
     `values` [groups, m]; `count` and `total` [groups, m + 1] are prefix sums of counts and of values times
     counts; `square` [groups, 1] is the sum of squares. `low` and `high` [groups, 1] are the exact extremes.
@@ -38,7 +38,7 @@ class Sketch:
 def sketch(groups: Tensor, size: int) -> Sketch:
     """Summarise 2-D `groups`, none of them all zero, by at most `size` means of equally many sorted values.
 
-    The smallest and the largest value of a group stay as they are. Cells too large to sort are sampled evenly.
+    The smallest and the largest value of a group stay as they are. Groups too large to sort are sampled evenly.
     """
     groups = groups.double() / groups.abs().amax(dim=1, keepdim=True).double()
     low = groups.amin(dim=1, keepdim=True).clamp(max=0)

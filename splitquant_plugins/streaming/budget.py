@@ -6,12 +6,12 @@ from contextlib import closing
 
 import torch
 
+from splitquant_plugins.parallel import in_order
 from splitquant_plugins.passes.budget import allocate
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.progress import track
 from splitquant_plugins.streaming.layout import Layout, Unit
 from splitquant_plugins.streaming.local import threads_of
-from splitquant_plugins.streaming.pipeline import in_order
 from splitquant_plugins.streaming.shards import Shards
 
 
@@ -23,9 +23,9 @@ def parts_within_budget(shards: Shards, layout: Layout, first: SplitQuantPass, *
     by_name = {unit.names[0]: unit for unit in layout.units if unit.kind == "split"}
     units = [by_name[name] for name in layout.order]
     found = {}
-    with closing(
-        in_order(shards.candidates, units, cost=shards.cost, budget=working_bytes, threads=threads_of(first.jobs))
-    ) as made:
+    threads = threads_of(first.jobs)
+    work = in_order(shards.candidates, units, threads=threads, cost=shards.cost, budget=working_bytes, torch_alone=True)
+    with closing(work) as made:
         for unit in track(units, "measuring layers", enabled=first.progress):
             found[unit.names[0]] = next(made)
     assert first.config.budget is not None

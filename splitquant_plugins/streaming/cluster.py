@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from splitquant_plugins.errors import InputError, MissingExtraError, first_line
-from splitquant_plugins.streaming.job import NOT_INSTALLED, Job
+from splitquant_plugins.plugins import NOT_INSTALLED
+from splitquant_plugins.streaming.job import Job
 from splitquant_plugins.streaming.worker import refusal, write_shard
 from splitquant_plugins.streaming.workplace import ShardRecord, Workplace
 

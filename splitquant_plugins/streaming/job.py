@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,13 @@ from splitquant_plugins.backends import Backend, WeightFormat
 from splitquant_plugins.checkpoints.source import Source
 from splitquant_plugins.errors import ConfigError, InputError
 from splitquant_plugins.passes.splitquant import SplitQuantPass
-from splitquant_plugins.plugins import Plugins, own_version
+from splitquant_plugins.plugins import NOT_INSTALLED, Plugins, version_of
 from splitquant_plugins.streaming.layout import make_layout
 from splitquant_plugins.streaming.shards import Shards
 from splitquant_plugins.streaming.workplace import Workplace
 
 # What may change the bits of an output, besides the backend's own packages and the plugins'.
 PACKAGES = ("splitquant-plugins", "torch", "numpy", "numba", "transformers")
-NOT_INSTALLED = "not installed"
 # Sources of plugins that come with no distribution of their own.
 BUILT_IN = "built in"
 
@@ -55,7 +53,7 @@ def plan_of(
         "weight format": form.__dict__,
         "options": first.config.model_dump(mode="json"),
         "splitter options": first.splitter_options.model_dump(mode="json"),
-        "version": own_version(),
+        "version": version_of(),
         "shard size": shard_bytes,
     }
     answer: dict[str, Any] = json.loads(json.dumps(plan))
@@ -84,7 +82,7 @@ def describe_job(
         shard_bytes=shard_bytes,
         working_bytes=working_bytes,
         plan=plan,
-        packages=_packages(first.plugins, backend),
+        packages=_packages(backend),
         plugins=_plugins(first.plugins),
     )
 
@@ -121,15 +119,7 @@ def open_job(job: Job) -> Shards:
     return Shards(source, make_layout(source, first, packer, parts), first, packer, place, job.shard_bytes)
 
 
-def version_of(package: str) -> str:
-    """The installed version of a distribution, or that it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return NOT_INSTALLED
-
-
-def _packages(plugins: Plugins, backend: Backend) -> dict[str, str]:
+def _packages(backend: Backend) -> dict[str, str]:
     found = {package: version_of(package) for package in (*PACKAGES, *backend.packages)}
     return {package: version for package, version in found.items() if version != NOT_INSTALLED}
 

@@ -9,7 +9,7 @@ from contextlib import closing
 import torch
 
 from splitquant_plugins.manifest import LayerRecord
-from splitquant_plugins.streaming.pipeline import in_order
+from splitquant_plugins.parallel import in_order
 from splitquant_plugins.streaming.shards import Shards, nothing_to_tell
 from splitquant_plugins.streaming.workplace import ShardRecord
 
@@ -24,7 +24,9 @@ def make_shards(
 ) -> Generator[tuple[int, ShardRecord], None, None]:
     """Make the shards of these numbers, and yield each with its record; `tell` hears of each unit."""
     units = [unit for number in numbers for unit in shards.units[number]]
-    with closing(in_order(shards.work, units, cost=shards.cost, budget=working_bytes, threads=threads)) as made:
+    with closing(
+        in_order(shards.work, units, cost=shards.cost, budget=working_bytes, threads=threads, torch_alone=True)
+    ) as made:
         for number in numbers:
             yield number, shards.write(number, made, tell)
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -39,9 +38,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self._file.closed:
             with suppress(OSError):
                 self._file.close()  # flushes, which fails again on a full disk

@@ -86,36 +86,39 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
-BAD = {
-    "truncated": ({"a": entry()}, 7),
-    "4 bytes too many": ({"a": entry()}, 12),
-    "dtype 'F8'": ({"a": entry("F8")}, 8),
-    "does not fit its 8 bytes": ({"a": entry(shape=(3,))}, 8),
-    r"shape \[-2\]": ({"a": entry(shape=(-2,))}, 8),
-    r"shape \[2.0\]": ({"a": entry(shape=(2.0,))}, 8),
-    r"shape \[True, 2\]": ({"a": entry(shape=(True, 2))}, 8),
-    "shape 'x'": ({"a": {**entry(), "shape": "x"}}, 8),
-    "do not start where others end": ({"a": entry(), "b": entry(offsets=(4, 12))}, 12),
-    "of b do not start": ({"a": entry(), "b": entry(offsets=(12, 20))}, 20),
-    "is not described": ({"a": {"dtype": "F32"}}, 8),
-    "tensor a is not described": ({"a": 3}, 8),
-    "not a JSON object": ([1], 0),
-    "does not fit its 0 bytes": ({"a": entry(shape=(2**40, 2**40), offsets=(0, 0))}, 0),
-    "a: 8 bytes of 4000000000000": ({"a": entry(shape=(10**12,), offsets=(0, 4 * 10**12))}, 8),
-}
-BAD["is truncated"] = BAD.pop("a: 8 bytes of 4000000000000")
+LIES = [
+    ({"a": entry()}, 7),
+    ({"a": entry()}, 12),
+    ({"a": entry("F8")}, 8),
+    ({"a": entry(shape=(3,))}, 8),
+    ({"a": entry(shape=(-2,))}, 8),
+    ({"a": entry(shape=(2.0,))}, 8),
+    ({"a": entry(shape=(True, 2))}, 8),
+    ({"a": {**entry(), "shape": "x"}}, 8),
+    ({"a": entry(), "b": entry(offsets=(4, 12))}, 12),
+    ({"a": entry(), "b": entry(offsets=(12, 20))}, 20),
+    ({"a": {"dtype": "F32"}}, 8),
+    ({"a": 3}, 8),
+    ([1], 0),
+    ({"a": entry(shape=(2**40, 2**40), offsets=(0, 0))}, 0),
+    ({"a": entry(shape=(10**12,), offsets=(0, 4 * 10**12))}, 8),
+]
 
 
-@pytest.mark.parametrize("message", BAD)
-def test_headers_that_lie_are_named(tmp_path, message):
-    content, size = BAD[message]
+@pytest.mark.parametrize(("content", "size"), LIES)
+def test_headers_that_lie_are_refused_with_the_file(tmp_path, content, size):
     text = json.dumps(content).encode()
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=re.escape(f"{path} is truncated, damaged or no safetensors file")):
         read_header(path)
-    assert re.search(message, str(caught.value))
-    assert str(path) in str(caught.value)
+
+
+def test_a_dtype_that_is_not_known_is_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(2, dtype=torch.complex64)}, path)
+    with pytest.raises(InputError, match="tensor a has dtype 'C64'"):
+        read_header(path)
 
 
 @pytest.mark.parametrize(
@@ -132,5 +135,5 @@ def test_headers_that_lie_are_named(tmp_path, message):
 )
 def test_files_that_are_no_safetensors(tmp_path, raw):
     (tmp_path / "x").write_bytes(raw)
-    with pytest.raises(InputError, match=r"truncated or no safetensors file|damaged header"):
+    with pytest.raises(InputError, match="truncated, damaged or no safetensors file"):
         read_header(tmp_path / "x")

@@ -74,7 +74,7 @@ def test_stored_bits_are_those_of_the_buffers(bits: int, sym: bool, size: int) -
 
 
 @pytest.mark.parametrize(("bits", "sym", "size"), FORMATS)
-def test_zero_comes_back_as_zero_and_cells_fit_together(bits: int, sym: bool, size: int) -> None:
+def test_zero_comes_back_as_zero_and_groups_fit_together(bits: int, sym: bool, size: int) -> None:
     grid, weight = ours(bits, sym, size), torch.randn(5, 18)
     weight[:, ::2] = 0
     assert isinstance(grid, Grid)
@@ -87,7 +87,7 @@ def test_zero_comes_back_as_zero_and_cells_fit_together(bits: int, sym: bool, si
         assert scale.shape == zero_point.shape == (groups.shape[0], 1)
 
 
-def test_a_vector_is_one_cell() -> None:
+def test_a_vector_is_one_group() -> None:
     grid = IncRtnGrid(4)
     assert grid.quantize_dequantize(torch.linspace(-1, 1, 6)).shape == (6,)
     assert [groups.shape for groups in grid.groups(torch.ones(6))] == [(1, 6)]

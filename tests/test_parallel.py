@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitquant_plugins.streaming.pipeline import in_order
+from splitquant_plugins.parallel import in_order, in_threads
 
 
 @given(st.lists(st.integers(0, 12), max_size=30), st.integers(1, 10), st.integers(1, 4))
@@ -56,7 +56,7 @@ def test_an_error_comes_at_its_place_and_stops_the_rest():
 
 def test_torch_works_alone_in_each_thread_and_as_before_outside():
     torch.set_num_threads(2)
-    inside = list(in_order(lambda _: torch.get_num_threads(), range(4), cost=lambda _: 1, budget=4, threads=2))
+    inside = list(in_order(lambda _: torch.get_num_threads(), range(4), threads=2, torch_alone=True))
     assert inside == [1] * 4
     assert torch.get_num_threads() == 2
     later = []
@@ -64,3 +64,15 @@ def test_torch_works_alone_in_each_thread_and_as_before_outside():
     thread.start()
     thread.join()
     assert later == [2]
+
+
+def test_without_costs_all_items_are_handed_out_at_once_and_torch_keeps_its_threads():
+    torch.set_num_threads(2)
+    meeting = threading.Barrier(2, timeout=20)
+
+    def work(number):
+        meeting.wait()
+        return number, torch.get_num_threads()
+
+    assert in_threads(work, range(4)) == [(number, 2) for number in range(4)]
+    assert in_threads(lambda number: -number, []) == []
