@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections import deque
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 
 _WHOLE = 1 << 17  # weights that are measured at once
 _TRIED = 1 << 12
+_REMEMBERED = 6  # a splitter's candidates, and the whole
 
 
 def quantized_sum(parts: Sequence[Tensor], grid: Grid) -> Tensor:
@@ -29,12 +33,47 @@ def quantized_sum(parts: Sequence[Tensor], grid: Grid) -> Tensor:
     return total
 
 
+class _Remembered(threading.local):
+    """What was measured last, with weak references to what it was measured on, and their versions."""
+
+    def __init__(self) -> None:
+        self.errors: deque[tuple[list[weakref.ref[Tensor]], list[int], Grid, Tensor]] = deque(maxlen=_REMEMBERED)
+
+    def find(self, tensors: Sequence[Tensor], grid: Grid) -> Tensor | None:
+        """The error of the same tensors, unchanged, on the same grid."""
+        versions = [tensor._version for tensor in tensors]
+        for known, before, on, error in self.errors:
+            same = on is grid and before == versions and len(known) == len(tensors)
+            if same and all(one() is tensor for one, tensor in zip(known, tensors, strict=True)):
+                return error
+        return None
+
+    def keep(self, tensors: Sequence[Tensor], grid: Grid, error: Tensor) -> None:
+        """Take the place of the oldest."""
+        versions = [tensor._version for tensor in tensors]
+        self.errors.append(([weakref.ref(tensor) for tensor in tensors], versions, grid, error))
+
+
+_remembered = _Remembered()
+
+
 def split_error(tensor: Tensor, parts: Sequence[Tensor], grid: Grid, second_moment: Tensor | None = None) -> Tensor:
     """`row_error` of the parts as the backend will round them, in little memory: float64 [tensor.shape[0]].
 
     Rows, or runs of values on a per-tensor grid, are rounded one after the other where the grid turns out to round
-    them as it does together.
+    them as it does together. The last few answers are remembered: what a splitter measured, the pass reports.
     """
+    tensors = [tensor, *parts, *([] if second_moment is None else [second_moment])]
+    if any(one.is_inference() for one in tensors):  # these have no versions that tell whether they changed
+        return _measured(tensor, parts, grid, second_moment)
+    error = _remembered.find(tensors, grid)
+    if error is None:
+        error = _measured(tensor, parts, grid, second_moment)
+        _remembered.keep(tensors, grid, error)
+    return error.clone()
+
+
+def _measured(tensor: Tensor, parts: Sequence[Tensor], grid: Grid, second_moment: Tensor | None) -> Tensor:
     if second_moment is not None or tensor.numel() <= _WHOLE or not all(part.is_contiguous() for part in parts):
         return row_error(tensor, quantized_sum(parts, grid), second_moment)
     by_ends = grid.granularity == "tensor" or tensor.ndim < 2

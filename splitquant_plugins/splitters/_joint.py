@@ -57,31 +57,46 @@ class Effort:
 
     # Scale ratios of neighbouring parts to start from, times 4 / codes for wider parts.
     ratios: tuple[float, ...] = (0.12, 0.2, 0.25, 0.3, 0.4, 0.6, 0.85)
+    # As many from 0.1 to 1 where there are few placements, which all starts together have room for: 0.3 dB per tensor
+    # on symmetric grids.
+    dense: int = 19
     # By how much ranges exceed the group's where their ends are clipped, as they are on symmetric full grids.
     slack: tuple[float, ...] = (1.0, 1.3)
-    # Sums of all starts together, which bounds the time of ranking them: 10 ms a tensor.
-    start_sums: int = 1 << 20
-    # Starts that are best on one group, and tried on eight.
+    # Sums of all starts together, which bounds the time of ranking them: 40 ms a tensor. A quarter of them lose 0.04 dB
+    # on three parts of INT3 per tensor, and save nothing where parts have four codes.
+    start_sums: int = 1 << 22
+    # Starts that are best on one group, and tried on eight; more where there are fewer groups.
     first_kept: int = 1024
     ranking_groups: int = 8
     # Starts that a sample group, or a group of a tensor that has few, tries.
     shortlist: int = 16
     # Groups that are searched for what all others start from: 64 give 32.47, 256 give 32.59 dB, and take 0.1 s.
     library_groups: int = 256
-    # One in so many at most; fewer groups than this times 4 are searched by themselves.
+    # One in so many at most.
     one_in: int = 16
-    # Sums that a library's groups, or the descents of one group, have together: bounds the time for wide parts.
+    # Up to so many groups, and sums of them together, are searched by themselves, as up to `alone_at_least` always
+    # are: 0.2 to 0.8 dB on the nets of the tests, whose rows are unlike, for 0.1 to 0.5 milliseconds a group.
+    alone: int = 1024
+    alone_sums: int = 1 << 18
+    alone_at_least: int = 64
+    # Sums that a library's groups have together: bounds the time for wide parts.
     library_sums: int = 1 << 14
     # Starts in the library: 16, 32 and 64 give 32.3, 32.6 and 32.7 dB for 40, 52 and 75 microseconds a group.
     library: int = 32
     # Sums that are priced for a group from its library, which bounds the time for wide parts.
     priced_sums: int = 1 << 15
-    # Starts from which a sample group descends, and all groups together where there are few: 0.1 dB per tensor.
+    # Starts from which a sample group descends, and all groups together where there are few: 0.1 dB per tensor, and
+    # 0.2 to 0.4 dB per channel or group from 2048 in place of 256.
     descents: int = 4
-    descents_in_all: int = 256
+    descents_in_all: int = 2048
+    # Sums of the starts that one group, and all of them, descend from: bounds the time for wide parts.
+    descent_sums: int = 1 << 16
+    descent_sums_in_all: int = 1 << 20
     # Steps of the pattern search on scales, as parts of them: from every start, and from the best one's end. From a
     # library long steps gain 0.005 dB, and a second start 0.1 dB for half as much time again.
+    # Where there are few, 0.05 from every start gains up to 0.4 dB on symmetric full grids.
     coarse: tuple[float, ...] = (0.2, 0.1)
+    coarse_alone: tuple[float, ...] = (0.2, 0.1, 0.05)
     fine: tuple[float, ...] = (0.05, 0.05, 0.025, 0.025, 0.012, 0.006)
     from_library: tuple[float, ...] = (0.05,)
     then: tuple[float, ...] = (0.025,)
@@ -93,6 +108,8 @@ class Effort:
     reach_from_library: float = 0.6
     # Bins per sum that a group is summarised by: twice as many gain less than 0.01 dB.
     bins_per_sum: int = 16
+    # Heavy tails leave the middle few bins where one group spans them all, which costs up to 0.2 dB per tensor.
+    bins_in_all: int = 1 << 17
     fewest_bins: int = 256
     most_bins: int = 8192
     # Values of a group that are looked at in the search; a longer one is sampled evenly. All of 2^22 gain nothing.
@@ -184,18 +201,20 @@ def search(groups: Tensor, rules: Rules, k: int, *, cover: bool = True, effort: 
     number, n = groups.shape
     sums = rules.width**k
     effort = effort.for_groups(n, sums)
-    bins = min(effort.most_bins, max(effort.fewest_bins, effort.bins_per_sum * sums))
     flags = np.array([rules.either, cover])
     books = Codebooks(np.zeros((number, k), np.int64), np.zeros((number, k)), np.zeros(number))
     live = (groups.amax(dim=1) - groups.amin(dim=1) + groups[:, 0].abs() > 0).nonzero().flatten()
     if not len(live):
         return books
+    wanted = max(effort.fewest_bins, effort.bins_per_sum * sums, effort.bins_in_all // len(live))
+    bins = min(effort.most_bins, wanted)
     general = starts = _shortlist(
         _sample(groups, live, effort.ranking_groups, effort), rules, flags, bins, k, len(live), effort
     )
-    if len(live) < 4 * effort.one_in:
-        descents = max(effort.descents, min(effort.descents_in_all // len(live), effort.library_sums // sums))
-        steps = effort.coarse, effort.fine, effort.reach
+    if len(live) <= max(effort.alone_at_least, min(effort.alone, effort.alone_sums // sums)):
+        most = min(effort.descent_sums, effort.descent_sums_in_all // len(live)) // sums
+        descents = max(effort.descents, min(effort.descents_in_all // len(live), most))
+        steps = effort.coarse_alone, effort.fine, effort.reach
     else:
         wanted = min(effort.library_groups, max(len(live) // effort.one_in, 4), max(effort.library_sums // sums, 16))
         sample = _sample(groups, live, wanted, effort)
@@ -401,6 +420,8 @@ def _starts(shapes: int, width: int, k: int, effort: Effort, slack: tuple[float,
     most = 3 if shapes ** min(k, 3) <= 400 else 2
     tuples = [t + (t[-1],) * (k - len(t)) for t in itertools.product(range(shapes), repeat=min(k, most))]
     ratios = effort.ratios if width <= 4 else (*(r * 4 / width for r in effort.ratios), 0.85)
+    if len(tuples) * len(slack) * effort.dense ** min(k - 1, 2) * width**k <= effort.start_sums:
+        ratios = tuple(np.geomspace(0.1 * min(1.0, 4 / width), 1.0, effort.dense).tolist())
     steps = [t + (1 / width,) * (k - 1 - len(t)) for t in itertools.product(ratios, repeat=min(k - 1, 2))]
     scales = np.cumprod([(1.0, *step) for step in steps], axis=1)
     scales = np.concatenate([scales / scales.sum(axis=1, keepdims=True) * times for times in slack])
@@ -424,7 +445,9 @@ def _shortlist(
         return out
 
     middle = len(values) // 2
-    kept = np.argsort(costs(values[middle : middle + 1])[:, 0], kind="stable")[: effort.first_kept]
+    kept = np.argsort(costs(values[middle : middle + 1])[:, 0], kind="stable")[
+        : effort.first_kept * effort.ranking_groups // len(values)
+    ]
     shapes, scales = shapes[kept], scales[kept]
     each = costs(values)
     relative = _relative(each, each.min(axis=0))
