@@ -57,7 +57,7 @@ class Effort:
 
     # Scale ratios of neighbouring parts to start from, times 4 / codes for wider parts.
     ratios: tuple[float, ...] = (0.12, 0.2, 0.25, 0.3, 0.4, 0.6, 0.85)
-    # As many from 0.1 to 1 where there are few placements, which all starts together have room for: 0.3 dB per tensor
+    # And so many from 0.1 to 1 where all starts together have room for them: 0.3 dB per tensor
     # on symmetric grids.
     dense: int = 19
     # By how much ranges exceed the group's where their ends are clipped, as they are on symmetric full grids.
@@ -74,6 +74,8 @@ class Effort:
     library_groups: int = 256
     # One in so many at most.
     one_in: int = 16
+    # Fewer groups are searched in full whatever they hold: see `for_groups`.
+    many: int = 8192
     # Up to so many groups, and sums of them together, are searched by themselves, as up to `alone_at_least` always
     # are: 0.2 to 0.8 dB on the nets of the tests, whose rows are unlike, for 0.1 to 0.5 milliseconds a group.
     alone: int = 1024
@@ -117,13 +119,13 @@ class Effort:
     # Values of all sample groups together.
     sample_values: int = 1 << 18
 
-    def for_groups(self, n: int, sums: int) -> Effort:
-        """What is enough for groups of `n` values that have so many sums.
+    def for_groups(self, groups: int, n: int, sums: int) -> Effort:
+        """What is enough for that many groups of `n` values that have so many sums.
 
         Where sums outnumber values, most codebooks serve: two parts of INT4 affine in groups of 128 reach 43.0 dB in
-        place of 43.4 on log-normal mixtures of normal values, in a quarter of the time.
+        place of 43.4 on log-normal mixtures of normal values, in a quarter of the time. That is for large tensors.
         """
-        if sums < n:
+        if sums < n or groups < self.many:
             return self
         return replace(self, priced_sums=self.priced_sums >> 4, from_library=(), then=(), again_one_in=64)
 
@@ -200,7 +202,7 @@ def search(groups: Tensor, rules: Rules, k: int, *, cover: bool = True, effort: 
     """
     number, n = groups.shape
     sums = rules.width**k
-    effort = effort.for_groups(n, sums)
+    effort = effort.for_groups(number, n, sums)
     flags = np.array([rules.either, cover])
     books = Codebooks(np.zeros((number, k), np.int64), np.zeros((number, k)), np.zeros(number))
     live = (groups.amax(dim=1) - groups.amin(dim=1) + groups[:, 0].abs() > 0).nonzero().flatten()
@@ -420,8 +422,9 @@ def _starts(shapes: int, width: int, k: int, effort: Effort, slack: tuple[float,
     most = 3 if shapes ** min(k, 3) <= 400 else 2
     tuples = [t + (t[-1],) * (k - len(t)) for t in itertools.product(range(shapes), repeat=min(k, most))]
     ratios = effort.ratios if width <= 4 else (*(r * 4 / width for r in effort.ratios), 0.85)
-    if len(tuples) * len(slack) * effort.dense ** min(k - 1, 2) * width**k <= effort.start_sums:
-        ratios = tuple(np.geomspace(0.1 * min(1.0, 4 / width), 1.0, effort.dense).tolist())
+    dense = (*ratios, *np.geomspace(0.1 * min(1.0, 4 / width), 1.0, effort.dense).tolist())
+    if len(tuples) * len(slack) * len(dense) ** min(k - 1, 2) * width**k <= effort.start_sums:
+        ratios = dense
     steps = [t + (1 / width,) * (k - 1 - len(t)) for t in itertools.product(ratios, repeat=min(k - 1, 2))]
     scales = np.cumprod([(1.0, *step) for step in steps], axis=1)
     scales = np.concatenate([scales / scales.sum(axis=1, keepdims=True) * times for times in slack])
