@@ -91,6 +91,7 @@ class Effort:
     # 0.2 to 0.4 dB per channel or group from 2048 in place of 256.
     descents: int = 4
     descents_in_all: int = 2048
+    most_descents: int = 256
     # Sums of the starts that one group, and all of them, descend from: bounds the time for wide parts.
     descent_sums: int = 1 << 16
     descent_sums_in_all: int = 1 << 20
@@ -214,7 +215,7 @@ def search(groups: Tensor, rules: Rules, k: int, *, cover: bool = True, effort: 
         _sample(groups, live, effort.ranking_groups, effort), rules, flags, bins, k, len(live), effort
     )
     if len(live) <= max(effort.alone_at_least, min(effort.alone, effort.alone_sums // sums)):
-        most = min(effort.descent_sums, effort.descent_sums_in_all // len(live)) // sums
+        most = min(effort.most_descents, min(effort.descent_sums, effort.descent_sums_in_all // len(live)) // sums)
         descents = max(effort.descents, min(effort.descents_in_all // len(live), most))
         steps = effort.coarse_alone, effort.fine, effort.reach
     else:
