@@ -104,7 +104,8 @@ def open_job(job: Job) -> Shards:
             raise InputError(f"{path} is not to be seen there; give a path of the {option} that all machines share")
     place.join(job.plan)
     form = WeightFormat(**job.weight_format)
-    first = SplitQuantPass(plugins=plugins, jobs=job.jobs, **job.options, **job.splitter_options)
+    options = {name: value for name, value in job.options.items() if name != "k" or job.options["budget"] is None}
+    first = SplitQuantPass(plugins=plugins, jobs=job.jobs, **options, **job.splitter_options)
     packer = backend.packer(form)
     if packer is None:
         raise ConfigError(f"backend {job.backend} cannot stream {form.weights} ({form.method})")

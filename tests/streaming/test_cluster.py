@@ -154,11 +154,12 @@ class Stop(Exception):  # noqa: N818
 
 def test_what_was_begun_here_is_finished_there(machines, checkpoints, stream, tmp_path, stopped_after_two_shards):
     folder = checkpoints.save(checkpoints.bert())
-    stream(folder, "expected")
+    budget = {"budget": 11.0}  # whose choice of parts the workers find, and do not make
+    stream(folder, "expected", **budget)
     with stopped_after_two_shards():
-        stream(folder, "moved")
+        stream(folder, "moved", **budget)
     machines.begun()
-    made = stream(folder, "moved", scheduler=machines.address)
+    made = stream(folder, "moved", scheduler=machines.address, **budget)
     assert made.shards_found_done == 2
     assert len(machines.begun()) == made.shards - 2
     assert contents(tmp_path / "moved") == contents(tmp_path / "expected")
