@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from splitquant_inc.grid import WORD_BITS
-from splitquant_inc.packing import AnyPacked, PackedHqq, PackedInc, empty_module
-from splitquant_inc.storage import refuse_misfit, state_of
+from splitquant_inc.packing import AnyPacked, PackedHqq, PackedInc, Storage, empty_module
+from splitquant_inc.storage import STORAGE_FILE, refuse_misfit, state_of
+from splitquant_plugins.checkpoints.files import read_described
 from splitquant_plugins.checkpoints.saved_layers import PartCodes, SavedLayers
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
 
@@ -39,6 +41,11 @@ class IncLayers(SavedLayers):
         except RuntimeError as error:
             raise SkeletonMismatchError(f"{name} was packed in another way: {' '.join(str(error).split())}") from None
         return made
+
+    def described_in(self, folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """Return how layers are packed, as `splitquant_inc.load` reads it."""
+        storage = read_described(folder / STORAGE_FILE, Storage)
+        return {name: layer.model_dump() for name, layer in storage.layers.items()}, storage.same_as
 
     def part_codes(self, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PartCodes | None:
         """Unpack codes [in, out] and zero points of RTN and GPTQ in the format of optimum; HQQ's zeros are no codes."""

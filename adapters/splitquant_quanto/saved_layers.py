@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from splitquant_plugins.checkpoints.headers import TensorSpec
 from splitquant_plugins.checkpoints.saved_layers import PartCodes, SavedLayers
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
 from splitquant_quanto.quantization import LAYERS
-from splitquant_quanto.storage import saved_tensors, validated_entry
+from splitquant_quanto.storage import read_description, saved_tensors, validated_entry
 
 
 class QuantoLayers(SavedLayers):
@@ -52,6 +53,11 @@ class QuantoLayers(SavedLayers):
         if not made.frozen:
             raise SkeletonMismatchError(f"{name}: quanto did not take the codes that were saved")
         return cast(nn.Module, made)
+
+    def described_in(self, folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """Return quanto's map, as `splitquant_quanto.load` reads it."""
+        qmap, same_as = read_description(folder)
+        return {name: dict(entry) for name, entry in qmap.items()}, same_as
 
     def part_codes(self, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PartCodes | None:
         """Unpack the codes: those of rows r, r + height and so on share a byte, the first in its lowest bits."""

@@ -104,8 +104,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     if model is None and is_pretrained(folder):
         return load_model(str(folder))
     manifest = Manifest.load(folder)
-    qmap = read_described(folder / QMAP_FILE, _QMap).model_dump()
-    storage = read_described(folder / STORAGE_FILE, Storage)
+    qmap, same_as = read_description(folder)
     if model is None:
         with init_empty_weights():
             model = model_of_folder(folder)
@@ -113,7 +112,7 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
     for name in qmap:
         if name not in dict(model.named_modules()):
             raise SkeletonMismatchError(f"{folder} quantizes {name}, which {type(model).__name__} does not have")
-    state = read_state(folder, storage.same_as)
+    state = read_state(folder, same_as)
     _adopt_dtypes(model, state, qmap)
     _refuse_misfit(model, state, qmap, folder)
     try:
@@ -158,6 +157,12 @@ class QuantizedSplitModel(QuantizedTransformersModel):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save(self._wrapped, save_directory)
+
+
+def read_description(folder: Path) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Read quanto's map of quantized layers, and the names of shared tensors; InputError for a damaged file."""
+    qmap: dict[str, dict[str, str]] = read_described(folder / QMAP_FILE, _QMap).model_dump()
+    return qmap, read_described(folder / STORAGE_FILE, Storage).same_as
 
 
 def validated_entry(entry: Any, where: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,6 +46,13 @@ class SavedLayers(ABC):
         `layer` is the float layer, or the part of one, that it stands for, on the meta device; `name` is for errors.
         Raises SkeletonMismatchError where the three do not fit each other.
         """
+
+    def described_in(self, folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+        """Return what `describe` would say of the layers in a folder that the backend's packer described.
+
+        Also, for each tensor that is not stored, the name of the one that it shares. For backends with a packer.
+        """
+        raise NotImplementedError
 
     def part_codes(self, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PartCodes | None:
         """Take the codes out of a layer's tensors; None where they are not plain codes with one for zero.

@@ -59,8 +59,8 @@ def quantize(
 ) -> None:
     """Split and quantize MODEL (Hub id or folder) and save it.
 
-    A checkpoint that is not streamed is saved for transformers' `from_pretrained`, after `import splitquant_plugins`,
-    and for the backend's adapter; one that is streamed, for the adapter.
+    transformers' `from_pretrained` loads what is saved, after `import splitquant_plugins`, and so does the backend's
+    adapter.
     """
     from splitquant_plugins.backends import ROUND_TO_NEAREST
     from splitquant_plugins.checkpoints.coverage import coverage_of, sentences

@@ -27,6 +27,7 @@ from splitquant_plugins.manifest import manifest_of
 from splitquant_plugins.passes.base import ModelPass
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.plugins import Plugins
+from splitquant_plugins.pretrained.streamed_folder import describe_streamed
 from splitquant_plugins.streaming.run import stream_model
 
 TOKENIZER_FILES = (
@@ -96,7 +97,7 @@ def quantize_model(
         stream = is_sharded(model) and chosen.packer(form) is not None and not needs_model
     if stream:
         assert first is not None
-        figures = _stream(chosen, model, form, first, output, scheduler=scheduler)
+        figures = _stream(chosen, model, form, first, output, scheduler=scheduler, pretrained=pretrained)
     else:
         passes: Any = first if solver is None else solver if first is None else first + solver
         batches = calibration if form.method in chosen.calibrated else None
@@ -174,7 +175,14 @@ def _save(chosen: Backend, quantized: QuantizedModel, folder: Path, *, pretraine
 
 
 def _stream(
-    chosen: Backend, model: str, form: WeightFormat, first: SplitQuantPass, output: Path, *, scheduler: str | None
+    chosen: Backend,
+    model: str,
+    form: WeightFormat,
+    first: SplitQuantPass,
+    output: Path,
+    *,
+    scheduler: str | None,
+    pretrained: bool,
 ) -> dict[str, Any]:
     folder = Path(model)
     if not folder.is_dir():
@@ -183,6 +191,9 @@ def _stream(
     made = stream_model(folder, output, first, chosen, form, extras=extras, scheduler=scheduler)
     made.manifest.recipe = _recipe(chosen, form)
     made.manifest.save(output)
+    saved = chosen.saved_layers() if pretrained else None
+    if saved is not None:
+        describe_streamed(output, chosen.name, saved)
     return {
         "layers_split": len(made.manifest.split),
         "layers_quantized": made.packed,
