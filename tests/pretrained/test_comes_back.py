@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from splitquant_plugins import SplitQuantPass, manifest_of
 from splitquant_plugins.checkpoints.pretrained_config import METHOD
-from splitquant_plugins.errors import InputError, SkeletonMismatchError
+from splitquant_plugins.errors import InputError, SkeletonMismatchError, SplitQuantError
 from splitquant_plugins.modules import SplitModule
 
 transformers = pytest.importorskip("transformers")
@@ -230,3 +230,42 @@ def test_a_part_that_nobody_knows_how_to_save_is_an_error(split, tmp_path):
     layer.lower.register_buffer("codes", torch.zeros(3, dtype=torch.uint8))
     with pytest.raises(InputError, match=r"mlp\.up_proj\.lower, a part of .*no backend of splitquant says how to save"):
         model.save_pretrained(tmp_path)
+
+
+def test_a_harness_that_knows_nothing_of_splits_loads_one_around_the_import(folder, tmp_path, python_path):
+    """As docs/transformers.md has it for commands of others: they are run as modules, after the import."""
+    code = "import sys, transformers as t; print(type(t.AutoModelForCausalLM.from_pretrained(sys.argv[2]).lm_head))\n"
+    (tmp_path / "a_harness").mkdir()
+    (tmp_path / "a_harness" / "__main__.py").write_text(code)
+    start = "import splitquant_plugins, runpy; runpy.run_module('a_harness', run_name='__main__')"
+    run = [sys.executable, "-W", "ignore", "-c", start, "--model", str(folder)]
+    done = subprocess.run(run, capture_output=True, text=True, env=python_path(tmp_path), check=True)
+    assert "SplitLinear" in done.stdout
+
+
+def test_mutants_of_the_description_are_errors_of_ours_or_load_the_same(folder, tokens, mutations, count_cases):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    expected = logits(transformers.AutoModelForCausalLM.from_pretrained(folder), tokens)
+    described = config["quantization_config"]
+    described["manifest"]["layers"] = described["manifest"]["layers"][:2] + described["manifest"]["layers"][-1:]
+    count = refused = unguarded = 0
+    for text in mutations(json.dumps(described), most=60):
+        try:
+            mutant = json.loads(text)
+        except ValueError:
+            continue
+        if not isinstance(mutant, dict) or mutant.get("quant_method") != METHOD:
+            continue  # no longer ours
+        path.write_text(json.dumps({**config, "quantization_config": mutant}))
+        count += 1
+        try:
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        except (SplitQuantError, RuntimeError) as error:  # RuntimeError: a layer that the manifest does not name
+            refused += 1
+            unguarded += not isinstance(error, SplitQuantError) and "ignore_mismatched_sizes" not in str(error)
+        else:
+            assert torch.equal(logits(loaded, tokens), expected)
+    count_cases("mutants of quantization_config", count, f"{refused} refused")
+    assert not unguarded
+    assert refused > count / 2
