@@ -35,6 +35,10 @@ def test_tensors_are_read_whole_and_in_blocks(folder, monkeypatch, block):
     assert set(source.names) == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(source.read(name), tensor)
+        assert source.read(name).dtype == tensor.dtype
+        assert source.read(name, torch.float64).dtype == torch.float64
+        assert {piece.dtype for piece in source.blocks(name, torch.float64)} == {torch.float64}
+        assert {piece.dtype for piece in source.blocks(name)} == {tensor.dtype}
         assert torch.equal(source.read(name, torch.float64), tensor.double())
         pieces = list(source.blocks(name, torch.float64))
         assert torch.equal(torch.cat(pieces), tensor.double().reshape(-1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from splitquant_plugins.checkpoints.tensors import read_tensors, state_bytes, untied_state, write_tensors
 from splitquant_plugins.errors import InputError
@@ -68,3 +69,21 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         write_tensors(path, {"a": torch.ones(2)})
     assert torch.equal(read_tensors(path)["a"], torch.zeros(2))
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_only_what_overlaps_is_copied(tmp_path, monkeypatch):
+    written = {}
+    monkeypatch.setattr(
+        "splitquant_plugins.checkpoints.tensors.save_file", lambda state, path, metadata: written.update(state)
+    )
+    base, alone = torch.randn(6, 4), torch.randn(3)
+    write_tensors(tmp_path / "f.safetensors", {"rows": base[:3], "alone": alone, "more": base[2:]})
+    assert written["rows"].data_ptr() == base.data_ptr()
+    assert written["alone"] is alone
+    assert written["more"].data_ptr() != base[2:].data_ptr()
+
+
+def test_the_file_says_that_it_is_of_torch(tmp_path):
+    write_tensors(tmp_path / "f.safetensors", {"a": torch.zeros(2)})
+    with safe_open(tmp_path / "f.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers reads no file without it

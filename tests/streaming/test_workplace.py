@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from splitquant_plugins.checkpoints.headers import TensorSpec
+from splitquant_plugins.errors import InputError
 from splitquant_plugins.streaming.workplace import ShardRecord, Workplace
 from splitquant_plugins.streaming.writer import ShardWriter, digest_of
 
@@ -52,3 +55,38 @@ def test_mutated_records_are_made_again_or_equal(place, mutations, count_cases):
         assert record is None or record.digest == found.digest
     count_cases("streaming's shard records mutated", len(mutants), f"{refused} refused")
     assert refused > len(mutants) / 4
+
+
+def test_work_is_taken_up_again_with_the_same_plan_alone(tmp_path):
+    place = Workplace(tmp_path / "out")
+    place.folder.mkdir()
+    place.begin({"k": 3, "seed": 0})
+    assert json.loads((tmp_path / "out.partial" / "plan.json").read_text()) == {"k": 3, "seed": 0}
+    (tmp_path / "out.partial" / "model" / ".shard.partial").write_text("killed")
+    (tmp_path / "out.partial" / "model" / "shard").write_text("finished")
+    again = Workplace(tmp_path / "out")
+    again.begin({"k": 3, "seed": 0})
+    assert [path.name for path in again.model.iterdir()] == ["shard"]
+    for other in ({"k": 2, "seed": 0}, {"k": 3}, {"k": 3, "seed": 0, "more": 1}):
+        changed = next(key for key in ("k", "seed", "more") if other.get(key) != {"k": 3, "seed": 0}.get(key))
+        with pytest.raises(InputError, match=f"half done, and was begun with another {changed}: run the command"):
+            again.begin(other)
+    (tmp_path / "out.partial" / "plan.json").write_text("[]")
+    with pytest.raises(InputError, match="begun with another k"):
+        again.begin({"k": 3, "seed": 0})
+
+
+def test_a_record_whose_shard_is_gone_is_not_done(tmp_path):
+    place = Workplace(tmp_path / "out")
+    place.folder.mkdir()
+    place.begin({"k": 3})
+    place.write_record("shard", ShardRecord(bytes=3, digest="x", tensors={}))
+    assert place.record_of("shard") is None
+    (place.model / "shard").write_bytes(b"abc")
+    assert place.record_of("shard") is None
+    done = ShardRecord(bytes=3, digest=digest_of(place.model / "shard"), tensors={})
+    place.write_record("shard", done)
+    assert place.record_of("shard") == done
+    place.publish()
+    assert (tmp_path / "out" / "shard").read_bytes() == b"abc"
+    assert not place.folder.exists()
