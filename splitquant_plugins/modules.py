@@ -23,7 +23,7 @@ Fusion = Literal["materialised", "rebuilt"]
 
 
 def part_names(k: int) -> tuple[str, ...]:
-    """Names of k parts in order of their values: lower, middle, upper for k = 3."""
+    """Names of k parts by their place: lower, middle, upper for k = 3; only k-means orders parts by their values."""
     if k == 1:
         return ("whole",)
     middle = ("middle",) if k == 3 else tuple(f"middle_{number}" for number in range(1, k - 1))

@@ -121,8 +121,11 @@ def test_recipes_of_the_readme_for_inc_work(models: Any) -> None:
     ]
     assert manifest_of(model).split
     batches = [torch.randn(16, 12) for _ in range(2)]
-    scope = runs("on_parts", {"model": models.mlp(), "batches": batches})
+    block = "DecoupleQPass(calibration=batches) + recipe))"
+    scope = runs(block, {"model": models.mlp(), "batches": batches})
     assert len(manifest_of(scope["model"]).solved) == 3
+    (on_parts,) = re.findall(r"# or on the parts of a split model: (.+)", (ROOT / "README.md").read_text())
+    assert eval(on_parts, scope) != eval("DecoupleQPass(calibration=batches) + recipe", scope)
 
 
 @pytest.mark.filterwarnings("ignore")  # torchao's own
@@ -153,7 +156,7 @@ def test_a_split_language_model_comes_back_as_the_readme_says(models: Any) -> No
 
     unsplit = models.gpt2()
     model = SplitQuantPass()(models.gpt2())
-    scope = runs('model.save_pretrained("folder")', {"model": model})
+    scope = runs('model.save_pretrained("saved")', {"model": model})
     tokens = torch.randint(3, 99, (2, 8))
     assert torch.equal(scope["model"](tokens).logits, model(tokens).logits)
     runs("save_model", {"model": model, "unsplit": unsplit})  # the way of models that are not transformers'

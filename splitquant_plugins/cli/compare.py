@@ -131,7 +131,10 @@ def compare(
     for row in rows:
         if row["choices"]:
             click.echo(f"{row['backend']} {row['weights']} {row['split']}: {summary(row['choices'])}")
-    for line in sentences(coverage_of(min(rows, key=lambda row: row["quantized_share"]))):
+    split = [row for row in rows if row["split"] != "none"] or rows
+    least = min(split, key=lambda row: row["quantized_share"])
+    click.echo(f"{least['backend']} {least['weights']} {least['split']}:")
+    for line in sentences(coverage_of(least)):
         click.echo(line)
     report.write_rows(json_path, rows)
     below = failures(gate, rows)

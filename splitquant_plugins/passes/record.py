@@ -1,4 +1,4 @@
-"""What the manifest says: the records of layers, and a manifest to put them into."""
+"""Fill the manifest: a record of each layer, as the fields in `manifest.py` have it."""
 
 from __future__ import annotations
 
