@@ -37,7 +37,7 @@ NODE_FIELDS = {
     "output": ("op", "name", "args"),
 }
 NAMESPACES = ("aten", "quantized_decomposed", "prims")
-REFUSED = ("from_file",)  # it would read any file of the machine
+REFUSED = ("from_file", "seed", "manual_seed")  # they read any file of the machine, or change its random numbers
 _OPERATORS = "add sub mul truediv floordiv mod neg pow eq ne lt le gt ge and_ or_ not_ getitem"
 _SYMBOLIC = "sym_int sym_float sym_max sym_min sym_not sym_ite sym_sum sym_sqrt"
 FUNCTIONS: dict[str, Any] = {
@@ -82,6 +82,8 @@ def graph_to_json(model: GraphModule) -> tuple[dict[str, Any], dict[str, str]]:
             entry["kwargs"] = {key: _encode(node, value) for key, value in node.kwargs.items()}
         if node.op == "call_function":
             entry["target"] = _function_name(node)
+            if changed := _inputs_written(node):
+                raise InputError(f"the graph writes into its input {changed[0].name} ({node.name}), which is not saved")
         elif node.op == "get_attr":
             entry["target"] = tensors[node.name] = str(node.target)
         elif node.op not in ("placeholder", "output"):
@@ -149,6 +151,9 @@ def _rebuild(described: Any, state: Mapping[str, Tensor], where: object) -> Load
         root.add_module(GUARDS, Guards(conditions, leaf_names(names, in_spec)))
         with graph.inserting_after(inputs[-1]):
             graph.call_module(GUARDS, tuple(inputs))
+    for node in graph.nodes:
+        if changed := _inputs_written(node):
+            raise InputError(f"{where} is damaged: {node.target} writes into input {inputs.index(changed[0])}")
     graph.set_codegen(NamelessInputs(_PyTreeInfo(names, in_spec, tree_from_json(described["out_spec"]))))
     graph.lint()
     return LoadedGraph(root, graph)
@@ -238,10 +243,11 @@ def _function_name(node: Node) -> str:
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         name = str(target)
-        if target.namespace in NAMESPACES and target._opname not in REFUSED:
+        if target.namespace in NAMESPACES and _computes(target):
             return name
         raise InputError(
-            f"the graph calls {name} ({node.name}), which is neither aten's nor PT2E's; it cannot be saved"
+            f"the graph calls {name} ({node.name}), which is neither aten's nor PT2E's, or does something besides "
+            "computing; it cannot be saved"
         )
     if target in _FUNCTION_NAMES:
         return _FUNCTION_NAMES[target]
@@ -254,12 +260,30 @@ def _function(name: Any, where: object) -> Any:
     if name in FUNCTIONS:
         return FUNCTIONS[name]
     parts = name.split(".")
-    if len(parts) != 3 or parts[0] not in NAMESPACES or parts[1] in REFUSED:
+    if len(parts) != 3 or parts[0] not in NAMESPACES:
         raise InputError(f"{where} calls {name!r}, which is not allowed in a saved graph")
     found = getattr(getattr(getattr(torch.ops, parts[0]), parts[1], None), parts[2], None)
     if not isinstance(found, torch._ops.OpOverload):
         raise InputError(f"{where} calls {name!r}, which this version of torch does not have")
+    if not _computes(found):
+        raise InputError(f"{where} calls {name!r}, which is not allowed in a saved graph")
     return found
+
+
+def _computes(target: torch._ops.OpOverload) -> bool:
+    """Whether an operator returns what it computes; one that returns nothing would change the process around it."""
+    checks = target._opname.startswith(("_assert", "sym_constrain_range"))
+    return target._opname not in REFUSED and (checks or bool(target._schema.returns))
+
+
+def _inputs_written(node: Node) -> list[Node]:
+    """Return the inputs of the graph that an operator writes into: tensors of whoever calls it."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return []
+    known = node.target._schema.arguments
+    given = {argument.name: value for argument, value in zip(known, node.args, strict=False)} | node.kwargs
+    written = [given.get(each.name) for each in known if each.alias_info is not None and each.alias_info.is_write]
+    return [value for value in written if isinstance(value, Node) and value.op == "placeholder"]
 
 
 def _encode(node: Node, value: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -20,8 +22,9 @@ def fold_batchnorms(model: nn.Module) -> list[str]:
     """Fold each BatchNorm in evaluation mode whose only input is a convolution; return notes.
 
     Which layer follows which is read off a symbolic trace of the whole model. Where that cannot be traced its
-    children are, and a pair counts only if no module above can reach it by name: see `_out_of_reach`. A BatchNorm
-    that cannot be folded stays, which keeps the model's outputs too.
+    children are, and a pair counts only if no module above can reach it by name: see `_out_of_reach`. Nor does it count
+    where the trace is not all there is: see `_used_otherwise`. A BatchNorm that cannot be folded stays, which keeps the
+    model's outputs too.
     """
     places = {id(module): names for module, names in occurrences(model)}
     batchnorms = {
@@ -30,7 +33,7 @@ def fold_batchnorms(model: nn.Module) -> list[str]:
     if not batchnorms:
         return []
     notes = []
-    unseen: set[int] = set()
+    unseen: dict[int, str] = {}
     for conv, norm in _conv_batchnorm_pairs(model, (), unseen):
         shared = len(places.get(id(conv), ())) != 1 or len(places.get(id(norm), ())) != 1
         if id(norm) not in batchnorms or shared or not _foldable(conv, norm):
@@ -40,18 +43,18 @@ def fold_batchnorms(model: nn.Module) -> list[str]:
         replace_module(model, name, nn.Identity())
         notes.append(f"BatchNorm {name} is folded into {places[id(conv)][0]}")
     notes += [
-        f"BatchNorm {name} is not folded: {_why_not(norm, id(norm) in unseen)}" for norm, name in batchnorms.values()
+        f"BatchNorm {name} is not folded: {_why_not(norm, unseen.get(id(norm)))}" for norm, name in batchnorms.values()
     ]
     return notes
 
 
 def _conv_batchnorm_pairs(
-    module: nn.Module, above: tuple[nn.Module, ...], unseen: set[int]
+    module: nn.Module, above: tuple[nn.Module, ...], unseen: dict[int, str]
 ) -> list[tuple[Convolution, BatchNorm]]:
     """Pairs of modules that run directly after one another wherever either of them runs.
 
-    `above` are the modules above that could not be traced; norms of pairs that one of them might use are noted in
-    `unseen`.
+    `above` are the modules above that could not be traced; norms of pairs that may be used in ways that were not traced
+    are noted in `unseen`, with the reason.
     """
     if not any(isinstance(child, BATCHNORMS) for child in module.modules()):
         return []
@@ -62,9 +65,52 @@ def _conv_batchnorm_pairs(
         return [pair for child in module.children() for pair in _conv_batchnorm_pairs(child, above, unseen)]
     first, *others = [_pairs(module, graph) for graph in graphs]
     pairs = [pair for pair in first if all(pair in other for other in others)]
-    seen = [pair for pair in pairs if all(_out_of_reach(each, module, pair) for each in above)]
-    unseen.update(id(norm) for _, norm in pairs if norm not in [norm for _, norm in seen])
-    return seen
+    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
+    for _, norm in (pair for pair in pairs if not all(_out_of_reach(each, module, pair) for each in above)):
+        unseen[id(norm)] = "a module above it cannot be traced, and may use the two in other ways, too"
+    for pair in pairs:
+        if reason := _used_otherwise(module, pair, called):
+            unseen.setdefault(id(pair[1]), reason)
+    return [pair for pair in pairs if id(pair[1]) not in unseen]
+
+
+def _used_otherwise(traced: nn.Module, pair: tuple[nn.Module, nn.Module], called: set[str]) -> str | None:
+    """Say why the trace of `forward` does not tell all that a pair is used for; None where nothing speaks against it.
+
+    A method that `forward` does not lead to may run one of the two, and a norm beside them that did not run may take
+    the place of theirs at another time.
+    """
+    for path in (name for name, module in traced.named_modules() if any(module is each for each in pair)):
+        steps = path.split(".")
+        for depth, step in enumerate(steps):
+            owner = traced.get_submodule(".".join(steps[:depth]))
+            others = _methods_apart_from_forward(type(owner))
+            if using := sorted(name for name, function in others.items() if step in _names_read([function])):
+                return f"{type(owner).__name__}.{using[0]} uses {step}, too"
+        beside = path.rpartition(".")[0]
+        for name, child in traced.get_submodule(beside).named_children():
+            if isinstance(child, BATCHNORMS) and (f"{beside}.{name}" if beside else name) not in called:
+                return f"{name} beside it did not run, and may run in its place"
+    return None
+
+
+def _methods_apart_from_forward(kind: type[nn.Module]) -> dict[str, Any]:
+    """Methods of a class, but for torch's own, that neither its forward nor its constructor leads to."""
+    own = [each for each in reversed(kind.__mro__) if not each.__module__.startswith(("torch.", "builtins"))]
+    methods = {name: _function(each) for kind in own for name, each in vars(kind).items()}
+    methods = {name: function for name, function in methods.items() if function is not None}
+    reached, new = set[str](), {"forward", "__init__"} & set(methods)
+    while new:
+        reached |= new
+        new = _names_read([methods[name] for name in new]) & set(methods) - reached
+    return {name: function for name, function in methods.items() if name not in reached}
+
+
+def _function(attribute: object) -> Any:
+    """Return the function behind a method of any kind, or None."""
+    attribute = getattr(attribute, "fget", getattr(attribute, "func", getattr(attribute, "__func__", attribute)))
+    found = inspect.unwrap(attribute) if callable(attribute) else None
+    return found if inspect.isfunction(found) else None
 
 
 def _out_of_reach(above: nn.Module, traced: nn.Module, pair: tuple[nn.Module, nn.Module]) -> bool:
@@ -86,9 +132,14 @@ def _names_in(kind: type) -> set[str]:
     """Every name that the methods of a class read; its constructor only says where its modules go."""
     if not kind.__module__.startswith("transformers.models."):
         return set()
+    functions = [_function(each) for name, each in vars(kind).items() if name != "__init__"]
+    return _names_read([each for each in functions if each is not None])
+
+
+def _names_read(functions: Iterable[Any]) -> set[str]:
+    """Every name, and every string that may be one, in the code of functions."""
     found: set[str] = set()
-    functions = [inspect.unwrap(each) for name, each in vars(kind).items() if callable(each) and name != "__init__"]
-    codes = [each.__code__ for each in functions if inspect.isfunction(each)]
+    codes = [each.__code__ for each in functions]
     while codes:
         code = codes.pop()
         found.update(code.co_names, (const for const in code.co_consts if isinstance(const, str)))
@@ -136,13 +187,13 @@ def _foldable(conv: Convolution, norm: BatchNorm) -> bool:
     return plain and not hooks and not norm.training and norm.running_mean is not None
 
 
-def _why_not(norm: BatchNorm, unseen: bool) -> str:
+def _why_not(norm: BatchNorm, unseen: str | None) -> str:
     if norm.training:
         return "it is in training mode; call model.eval() first"
     if norm.running_mean is None:
         return "it keeps no running statistics"
-    if unseen:
-        return "a module above it cannot be traced, and may use the two in other ways, too"
+    if unseen is not None:
+        return unseen
     return "it does not directly follow a convolution of its own"
 
 

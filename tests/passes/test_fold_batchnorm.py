@@ -105,6 +105,56 @@ def test_what_would_change_the_function_is_not_folded(models, images, case, asse
     assert note == "BatchNorm norm is not folded: it does not directly follow a convolution of its own"
 
 
+class Features(Wired):
+    """A model that has a second way through."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda m, x: m.norm(m.conv(x)))
+        self.prepare()
+
+    def prepare(self):
+        self.conv.requires_grad_(True)  # what only the constructor calls is no way through
+
+    def features(self, x):
+        return self.first(x)
+
+    def first(self, x):
+        return self.conv(x)
+
+
+class Domains(nn.Module):
+    """A norm for each of two kinds of data, chosen by an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(3), nn.BatchNorm2d(3)])
+        self.domain = 0
+
+    def forward(self, x):
+        return self.norms[self.domain](self.conv(x))
+
+
+def test_a_second_way_through_is_seen(models, images, assert_same_function):
+    model = models.settle(nn.Sequential(Features())).eval()
+    expected = model[0].features(images)
+    model = split(model, assert_same_function, images)
+    torch.testing.assert_close(model[0].features(images), expected)
+    (note,) = manifest_of(model).notes
+    assert note == "BatchNorm 0.norm is not folded: Features.first uses conv, too"
+
+
+def test_a_norm_that_did_not_run_may_run_another_time(models, images, assert_same_function):
+    model = models.settle(Domains()).eval()
+    other = copy.deepcopy(model)
+    other.domain = 1
+    model = split(model, assert_same_function, images)
+    model.domain = 1
+    assert_same_function(model, other, images)
+    first, _ = manifest_of(model).notes
+    assert first == "BatchNorm norms.0 is not folded: 1 beside it did not run, and may run in its place"
+
+
 class Optional(nn.Module):
     """Branches on an argument that is usually left out."""
 

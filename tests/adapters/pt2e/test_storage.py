@@ -139,11 +139,35 @@ def _call(target):
     return change
 
 
+INPUT = object()
+
+
+def _insert(target, *args, **kwargs):
+    """Call an operator after the inputs; INPUT stands for the first of them."""
+
+    def change(described):
+        nodes = described["nodes"]
+        first = {"node": _node(described, "placeholder")["name"]}
+        last = max(number for number, node in enumerate(nodes) if node["op"] == "placeholder")
+        entry = {"op": "call_function", "name": "more", "target": target}
+        entry["args"] = [first if value is INPUT else value for value in args]
+        entry["kwargs"] = {key: first if value is INPUT else value for key, value in kwargs.items()}
+        nodes.insert(last + 1, entry)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (_call("os.system"), "not allowed"),
         (_call("aten.from_file.default"), "not allowed"),
+        (_insert("aten.manual_seed.default", 123), "not allowed"),
+        (_insert("aten.set_grad_enabled.default", True), "not allowed"),
+        (_insert("aten._print.default", "hello"), "not allowed"),
+        (_insert("aten.save.default", "hello", "here"), "not allowed"),
+        (_insert("aten.zero_.default", INPUT), "zero_.default writes into input 0"),
+        (_insert("aten.add.out", INPUT, INPUT, out=INPUT), "add.out writes into input 0"),
         (_call("aten.no_such_operator.default"), "does not have"),
         (_call("builtins.eval.default"), "not allowed"),
         (lambda described: described["nodes"][-1].update(op="call_module"), "kind 'call_module'"),
