@@ -288,7 +288,7 @@ def test_what_is_refused(net, batches, plugins):
         solver(exclude="nowhere").apply(net, grid=GRID)
     with pytest.raises(ConfigError, match="no layer to solve"):
         solver().apply(net, grid=lambda name: None)
-    with pytest.raises(InputError, match="exported graphs"):
+    with pytest.raises(InputError, match="an exported graph has no layer modules"):
         solver()(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2))))
     with pytest.raises(InputError, match=r"takes a torch\.nn\.Module"):
         solver()("model")

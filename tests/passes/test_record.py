@@ -13,7 +13,7 @@ from splitquant_plugins.errors import SplitQuantWarning
 from splitquant_plugins.manifest import LayerRecord
 from splitquant_plugins.passes.record import ignored_record, layer_record, new_manifest, warn_of_harm
 from splitquant_plugins.passes.split_layer import Errors, SplitTensors
-from splitquant_plugins.plugins import own_version
+from splitquant_plugins.plugins import version_of
 
 PLAN = LayerPlan("linear", torch.zeros(4, 6, dtype=torch.float16), torch.zeros(4, dtype=torch.float16))
 
@@ -73,7 +73,7 @@ def test_a_new_manifest_holds_what_it_is_given() -> None:
     options = {"one": 1}
     made = new_manifest(config, options, iter(["note"]), iter([record]))
     expected = Manifest(
-        version=own_version(), config=config, splitter_options={"one": 1}, notes=["note"], layers=[record]
+        version=version_of(), config=config, splitter_options={"one": 1}, notes=["note"], layers=[record]
     )
     assert made == expected
     made.splitter_options["two"] = 2
