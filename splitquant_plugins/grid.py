@@ -118,8 +118,8 @@ class UniformGrid(GroupsOfRows):
     power_of_two_scale: bool = False
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ConfigError(f"bits={self.bits}: a grid has 2 to 8 bits")
+        if type(self.bits) is not int or not 2 <= self.bits <= 8:
+            raise ConfigError(f"bits={self.bits!r}: a grid has 2 to 8 bits")
         if self.scheme not in ("affine", "symmetric"):
             raise ConfigError(f"scheme={self.scheme!r}: choose affine or symmetric")
         if self.granularity not in ("tensor", "channel", "group"):

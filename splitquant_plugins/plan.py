@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class SplitterOptions(BaseModel):
     """Options of a splitter; a splitter that takes any subclasses this."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 @dataclass(frozen=True)

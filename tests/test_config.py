@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from pydantic import Field
 
-from splitquant_plugins import SplitConfig, SplitQuantPass, Splitter, SplitterOptions, hookimpl
+from splitquant_plugins import SplitConfig, SplitQuantPass, Splitter, SplitterOptions, UniformGrid, hookimpl
 from splitquant_plugins.config import config_from
-from splitquant_plugins.errors import ConfigError, SplitQuantError
+from splitquant_plugins.errors import ConfigError, InputError, SplitQuantError
 
 
 def test_the_defaults_are_the_papers_but_for_the_splitter():
@@ -106,3 +107,37 @@ def test_options_of_a_splitter(plugins):
         SplitQuantPass(plugins=plugins, splitter="cut", at=-1)
     with pytest.raises(ConfigError, match="'at'"):
         SplitQuantPass(plugins=plugins, at=0.5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"calibration_bytes": 0},
+        {"calibration_bytes": "x"},
+        {"progress": "no"},
+        {"plugins": 3},
+        {"splitter": "grid", "use_second_moment": "no"},
+        {"splitter": "halve", "threshold": "0.5"},
+    ],
+)
+def test_options_of_another_type_are_named(options):
+    with pytest.raises(ConfigError, match=list(options)[-1]):
+        SplitQuantPass(**options)
+
+
+@pytest.mark.parametrize("options", [{"grid": 3}, {"ignore": "0"}])
+def test_what_a_recipe_hands_over_is_checked(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        SplitQuantPass(splitter="kmeans").apply(torch.nn.Sequential(torch.nn.Linear(4, 4)), **options)
+
+
+@pytest.mark.parametrize("bits", [1, 2.5, "2", True])
+def test_bits_of_a_grid_are_a_whole_number(bits):
+    with pytest.raises(ConfigError, match="2 to 8 bits"):
+        UniformGrid(bits)
+
+
+def test_a_batch_without_rows_is_named():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(InputError, match="calibration batch 2 holds a tensor without values"):
+        SplitQuantPass(calibration=[torch.ones(2, 4), torch.ones(0, 4)]).apply(model, grid=UniformGrid(2))

@@ -70,7 +70,9 @@ def allocate(options: Mapping[str, Sequence[Candidate]], bits: float) -> dict[st
     least = {name: min(candidate.bits for candidate in candidates) for name, candidates in options.items()}
     needed = sum(least.values())
     if needed > bits:
-        raise ConfigError(f"the budget of {bits:,.0f} bits is too small: unsplit, the layers store {needed:,} bits")
+        raise ConfigError(
+            f"the budget of {bits:,.1f} bits for all weights is too small: unsplit, the layers store {needed:,} bits"
+        )
     front: list[_Combination] = [_Combination(0, 0.0)]
     for name, candidates in options.items():
         needed -= least[name]

@@ -269,6 +269,8 @@ def iter_calls(model: nn.Module, batches: Batches) -> Iterator[tuple[tuple[Any, 
             raise InputError(
                 f"calibration batch {number} is a {type(batch).__name__}: expected a dict, a tuple, a list or a tensor"
             )
+        if any(isinstance(value, Tensor) and not value.numel() for value in (*args, *kwargs.values())):
+            raise InputError(f"calibration batch {number} holds a tensor without values: leave it out")
         if first is not None:
             args = tuple(_to_device(value, first.device) for value in args)
             kwargs = {key: _to_device(value, first.device) for key, value in kwargs.items()}

@@ -69,6 +69,12 @@ class SplitQuantPass(ModelPass):
     ) -> None:
         if isinstance(jobs, bool) or not isinstance(jobs, int) or (jobs < 1 and jobs != -1):
             raise ConfigError(f"jobs={jobs!r}: give the number of layers to work on at once, or -1 for all cores")
+        if isinstance(calibration_bytes, bool) or not isinstance(calibration_bytes, int) or calibration_bytes < 1:
+            raise ConfigError(f"calibration_bytes={calibration_bytes!r}: give a number of bytes, at least 1")
+        if not isinstance(progress, bool):
+            raise ConfigError(f"progress={progress!r}: give True or False")
+        if plugins is not None and not isinstance(plugins, Plugins):
+            raise ConfigError(f"plugins={plugins!r}: give what Plugins.load() returns, or leave it out")
         self.plugins = plugins or Plugins.load()
         own = {key: value for key, value in options.items() if key in SplitConfig.model_fields}
         self.config = config_from(own)
@@ -116,6 +122,8 @@ class SplitQuantPass(ModelPass):
         The modules take the layers' places in the model, which is returned. On an error it is put back as it was.
         """
         self.refuse_missing_calibration()
+        if isinstance(ignore, str):
+            raise ConfigError(f"ignore={ignore!r}: give a list of layer names")
         refuse_unfit_model(model)
         self._refuse_missing_grid(grid)
         manifest, started = new_manifest(self.config, self.splitter_options.model_dump()), time.perf_counter()
@@ -218,6 +226,8 @@ class SplitQuantPass(ModelPass):
         return model
 
     def _refuse_missing_grid(self, grid: Grid | GridRule | None) -> None:
+        if grid is not None and not callable(grid) and not callable(getattr(grid, "quantize_dequantize", None)):
+            raise ConfigError(f"grid={grid!r}: give a Grid such as UniformGrid(4), or a function of a layer's name")
         if grid is None and self.needs_grid:
             who = "budget" if self.config.budget is not None else f"splitter {self.config.splitter!r}"
             raise ConfigError(
