@@ -43,6 +43,12 @@ def make_skeleton(model: nn.Module, config: SplitCheckpointConfig, files: Sequen
     config.buffers = {names.here(name): kind for name, kind in config.buffers.items() if as_saved and names.has(name)}
     config.layers = {names.here(name): layer for name, layer in config.layers.items() if names.has(name)}
     apply_manifest(model, config.manifest)
+    config.joined = {names.here(name): form for name, form in config.joined.items() if names.has(name)}
+    made = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    if absent := sorted({*config.layers, *config.joined} - made):
+        raise SkeletonMismatchError(
+            f"config.json describes {absent[0]} as saved by {config.backend}, and its manifest makes no such layer"
+        )
     guarded = guarded_layers(model, config.layers)
     expect_guards(model, guarded)
     ours = set(map(guard_name, guarded))
@@ -56,7 +62,6 @@ def make_skeleton(model: nn.Module, config: SplitCheckpointConfig, files: Sequen
         layer = model.get_submodule(name)
         placeholder.__dict__[_FLOAT_LAYER] = layer  # not a child: its weight is not to be loaded
         replace_module(model, name, placeholder)
-    config.joined = {names.here(name): form for name, form in config.joined.items() if names.has(name)}
     for name in config.joined:
         _hold_joined(model.get_submodule(name), name, stored)
     untie_packed(model, config.layers)

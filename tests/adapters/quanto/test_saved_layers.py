@@ -141,6 +141,16 @@ def test_a_layer_that_config_json_describes_wrongly_is_an_error(split, models, t
         transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 
+def test_a_manifest_that_lost_a_layer_is_an_error(split, models, tmp_path):
+    model = split(models.bert())
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    lost = config["quantization_config"]["manifest"]["layers"].pop()["name"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SkeletonMismatchError, match=f"describes {lost}[.a-z]* as saved by quanto, and its manifest"):
+        type(model).from_pretrained(tmp_path)
+
+
 def test_the_adapters_own_folder_says_nothing_to_transformers(split, models, tmp_path):
     from splitquant_quanto import save
 
