@@ -6,7 +6,15 @@ import pytest
 import torch
 from pydantic import Field
 
-from splitquant_plugins import SplitConfig, SplitQuantPass, Splitter, SplitterOptions, UniformGrid, hookimpl
+from splitquant_plugins import (
+    SplitConfig,
+    SplitQuantPass,
+    Splitter,
+    SplitterOptions,
+    UniformGrid,
+    hookimpl,
+    manifest_of,
+)
 from splitquant_plugins.config import config_from
 from splitquant_plugins.errors import ConfigError, InputError, SplitQuantError
 
@@ -141,3 +149,18 @@ def test_a_batch_without_rows_is_named():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with pytest.raises(InputError, match="calibration batch 2 holds a tensor without values"):
         SplitQuantPass(calibration=[torch.ones(2, 4), torch.ones(0, 4)]).apply(model, grid=UniformGrid(2))
+
+
+class Unused(torch.nn.Sequential):
+    """A model that has a layer it does not call."""
+
+    def forward(self, x):
+        return self[0](x)
+
+
+def test_a_layer_that_calibration_does_not_reach_is_said_to_be():
+    model = Unused(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    model = SplitQuantPass(splitter="grid", calibration=[torch.randn(32, 8)]).apply(model, grid=UniformGrid(2))
+    reached, unused = manifest_of(model).layers
+    assert reached.why == ""
+    assert unused.why == "the calibration batches do not reach it, and its errors are those of its weight"

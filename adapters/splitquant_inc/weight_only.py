@@ -26,7 +26,7 @@ from splitquant_inc.refuse import (
 )
 from splitquant_plugins.errors import ConfigError, InputError
 from splitquant_plugins.grid import Grid
-from splitquant_plugins.passes.checks import refuse_unfit_model
+from splitquant_plugins.passes.checks import refuse_quantized_model, refuse_unfit_model
 
 
 class WeightOnlyRecipe(PassFirst):
@@ -41,6 +41,8 @@ class WeightOnlyRecipe(PassFirst):
             raise ConfigError(f"a recipe with a pass within a ComposableConfig: {JOINED}")
         if not getattr(model, "is_prepared", False):
             self._run_pass(model)
+        else:
+            refuse_quantized_model(model)  # INC leaves its mark on what it has converted, too
         return part_infos(super().get_model_info(model=model), model)  # type: ignore[misc]
 
     def to_config_mapping(self, config_list: Any = None, model_info: Any = None) -> OrderedDict[Info, Any]:

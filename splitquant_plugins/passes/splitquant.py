@@ -39,6 +39,7 @@ from splitquant_plugins.plan import LayerPlan, TensorPlan
 from splitquant_plugins.plugins import Plugins
 from splitquant_plugins.progress import track
 
+UNREACHED = "the calibration batches do not reach it, and its errors are those of its weight"
 WITHIN_BUDGET = "within the budget, splitting other layers gains more, or splitting it gains nothing"
 
 
@@ -183,7 +184,10 @@ class SplitQuantPass(ModelPass):
                 if key in done:
                     yield layer, share_parts(layer.plan, *done[key])
                 else:
-                    done[key] = (layer.name, as_parameters(layer.plan, next(results)))
+                    tensors = as_parameters(layer.plan, next(results))
+                    if self.calibration is not None and layer.name not in found:
+                        tensors = replace(tensors, why="; ".join(filter(None, (tensors.why, UNREACHED))))
+                    done[key] = (layer.name, tensors)
                     yield layer, done[key][1]
 
     def _parts_within_budget(

@@ -260,6 +260,14 @@ def test_a_model_is_split_once(net, split_pass):
         split_pass() + recipe
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_what_inc_has_converted_is_not_prepared_again(net, split_pass, first):
+    recipe = rtn(use_layer_wise=False)
+    model = convert(prepare(net(), split_pass() + recipe if first else recipe))
+    with pytest.raises(AlreadyQuantizedError):
+        convert(prepare(model, split_pass(k=2) + rtn()))
+
+
 def test_a_recipe_that_quantizes_nothing_is_an_error(net, split_pass):
     for recipe in (rtn(dtype="fp32"), rtn(white_list=["no_such_layer"])):
         with pytest.raises(ConfigError, match="quantizes no layer"):
