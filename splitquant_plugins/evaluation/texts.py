@@ -70,7 +70,11 @@ def _csv_rows(path: Path, *, need_label: bool = True) -> Iterable[tuple[str, str
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            missing = {"text", *(["label"] if need_label else [])} - set(reader.fieldnames or ())
+            names = list(reader.fieldnames or ())
+            twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+            if twice is not None:
+                raise InputError(f"{path} has the column {twice!r} twice; name each column once")
+            missing = {"text", *(["label"] if need_label else [])} - set(names)
             if missing:
                 raise InputError(f"{path} has no column {' and '.join(sorted(missing))}; it needs text,label")
             for row in reader:

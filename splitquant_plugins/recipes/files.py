@@ -35,8 +35,10 @@ class _Loader(yaml.SafeLoader):
 def read_recipe(path: Path, plugins: Plugins | None = None) -> Recipe:
     """Read a recipe; the path of its calibration data is one from the recipe's folder.
 
-    Raises InputError for a file that is missing or no YAML, ConfigError for a recipe that is wrong.
+    Raises InputError for a file that is missing, a pipe or no YAML, ConfigError for a recipe that is wrong.
     """
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise InputError(f"{path} is a folder, a device or a pipe; give a file")
     try:
         if path.stat().st_size > _LARGEST:
             raise InputError(f"{path} has {path.stat().st_size} bytes, which no recipe takes")

@@ -55,7 +55,8 @@ class Workplace:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep another process from working here at the same time."""
+        """Keep another process from working here at the same time; InputError for links, which are not followed."""
+        self._refuse_links()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             opened = (self.folder / "lock").open("w")
@@ -132,6 +133,15 @@ class Workplace:
         self.model.replace(self.output)
         sync_folder(self.output.parent)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _refuse_links(self) -> None:
+        """Raise InputError for what would make this write elsewhere, or wait for ever for a reader."""
+        lock = self.folder / "lock"
+        for path in (self.folder, self.model, self._done, lock):
+            if path.is_symlink():
+                raise InputError(f"{path} is a symbolic link, which is not followed; delete it to begin anew")
+        if lock.exists() and not lock.is_file():
+            raise InputError(f"{lock} is no file; delete {self.folder} to begin anew")
 
     def _remove_leftovers(self) -> None:
         for leftover in self.model.glob(".*.partial"):

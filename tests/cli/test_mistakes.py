@@ -87,6 +87,18 @@ def test_w6_rows_with_a_field_too_many_or_too_few(compares, tmp_path):
     assert "line 2: a field is missing" in compares(data=data)
 
 
+def test_a_column_that_is_there_twice(compares, tmp_path):
+    data = tmp_path / "rows.csv"
+    data.write_text("label,text,label\n1,w1,2\n")
+    assert "the column 'label' twice" in compares(data=data)
+
+
+def test_a_model_that_is_no_folder(fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    assert "pipe is no folder" in fails("quantize", "pipe", "--output", "out")
+
+
 def test_long_fields_are_read(tmp_path):
     text = "w1 " * 60_000
     (tmp_path / "long.csv").write_text(f"text,label\n{text},0\n")

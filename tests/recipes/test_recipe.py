@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +133,11 @@ def test_the_schema_that_is_shipped_is_that_of_the_code():
     properties = json.loads(PATH.read_text())["properties"]
     assert properties.keys() == Recipe.model_fields.keys()
     assert {"splitter", "n_init", "budget"} <= properties["split"]["anyOf"][0]["properties"].keys()
+
+
+def test_a_recipe_that_is_no_file_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(Path, "read_text", lambda *_: pytest.fail("a pipe was read"))
+    for path in (tmp_path / "pipe", tmp_path):
+        with pytest.raises(InputError, match="give a file"):
+            read_recipe(path)

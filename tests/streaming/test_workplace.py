@@ -90,3 +90,24 @@ def test_a_record_whose_shard_is_gone_is_not_done(tmp_path):
     place.publish()
     assert (tmp_path / "out" / "shard").read_bytes() == b"abc"
     assert not place.folder.exists()
+
+
+@pytest.mark.parametrize("name", ["", "model", "done", "lock"])
+def test_links_are_not_followed(tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_text("theirs") if name == "lock" else victim.mkdir()
+    place = Workplace(tmp_path / "out")
+    link = place.folder / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(victim)
+    with pytest.raises(InputError, match="symbolic link, which is not followed"), place.locked():
+        pass
+    assert victim.read_text() == "theirs" if name == "lock" else not any(victim.iterdir())
+
+
+def test_a_lock_that_is_no_file_is_refused(tmp_path):
+    place = Workplace(tmp_path / "out")
+    place.folder.mkdir()
+    (place.folder / "lock").mkdir()
+    with pytest.raises(InputError, match="lock is no file"), place.locked():
+        pass
