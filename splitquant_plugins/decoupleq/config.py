@@ -21,7 +21,7 @@ _OTHER_KEYWORDS = ("calibration", "calibration_bytes", "progress", "resume_dir")
 class DecoupleQConfig(BaseModel):
     """Options of DecoupleQPass."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     bits: int | None = Field(None, ge=2, le=8, description="bits per code; None: the recipe's, or 2")
     granularity: Granularity | None = Field(None, description="what shares a scale; None: the recipe's, or channel")

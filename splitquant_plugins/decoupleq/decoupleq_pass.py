@@ -18,6 +18,7 @@ from torch import nn
 from splitquant_plugins.decoupleq.config import decoupleq_config
 from splitquant_plugins.decoupleq.layers import layers_to_solve
 from splitquant_plugins.decoupleq.record import manifest_of_run
+from splitquant_plugins.decoupleq.resume import refuse_file
 from splitquant_plugins.decoupleq.run import Run
 from splitquant_plugins.errors import AlreadySplitError, ConfigError, InputError
 from splitquant_plugins.grid import Grid
@@ -101,6 +102,7 @@ class DecoupleQPass(ModelPass):
         """
         self.refuse_missing_calibration()
         _refuse_unfit(model)
+        refuse_file(self.resume_dir)
         started = time.perf_counter()
         layers, kept = layers_to_solve(model, self.config, self.plugins, grid, ignore)
         run = Run(

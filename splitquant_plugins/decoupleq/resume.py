@@ -25,6 +25,16 @@ def fingerprint(description: Mapping[str, Any], tensors: Iterable[Tensor]) -> st
     return digest.hexdigest()
 
 
+def refuse_file(folder: str | Path | None) -> None:
+    """Raise InputError where no folder can be: something else has its name, or that of a folder above."""
+    if folder is None:
+        return
+    path = Path(folder)
+    there = next((each for each in (path, *path.parents) if each.exists()), None)
+    if there is not None and not there.is_dir():
+        raise InputError(f"resume_dir={str(folder)!r}: {there} is not a folder; choose another")
+
+
 class Finished:
     """The stages that a run with this fingerprint has finished; none are kept where `folder` is None."""
 

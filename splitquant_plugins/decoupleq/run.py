@@ -226,8 +226,9 @@ class Run:
         prefixes = {f"{one.name}." if one.name else "": f"blocks.{number}." for number, one in enumerate(self.window)}
 
         def inside(path: str) -> str:
-            prefix = next(prefix for prefix in prefixes if path.startswith(prefix))
-            return prefixes[prefix] + path.removeprefix(prefix)
+            whole = f"{path}."  # a block may be a layer itself
+            prefix = next(prefix for prefix in prefixes if whole.startswith(prefix))
+            return (prefixes[prefix] + whole.removeprefix(prefix)).removesuffix(".")
 
         solutions = {name: solution for one in self.window for name, solution in one.solutions.items()}
         title = " and ".join(one.name or "the model" for one in self.window)

@@ -13,7 +13,7 @@ from splitquant_plugins.errors import (
     InputError,
     SplitFailedError,
 )
-from splitquant_plugins.manifest import ATTRIBUTE
+from splitquant_plugins.manifest import ATTRIBUTE, Manifest
 from splitquant_plugins.modules import SplitActivation, SplitModule, is_tensor_subclass
 from splitquant_plugins.parallel import chunks, in_threads, spans
 from splitquant_plugins.parts import sum_parts
@@ -42,7 +42,13 @@ def refuse_unfit_model(model: object) -> None:
         )
     if not isinstance(model, nn.Module):
         raise InputError(f"SplitQuantPass takes a torch.nn.Module, not a {type(model).__name__}")
-    if getattr(model, ATTRIBUTE, None) is not None:
+    manifest = getattr(model, ATTRIBUTE, None)
+    if isinstance(manifest, Manifest) and manifest.values is not None and not manifest.split:
+        raise AlreadySplitError(
+            "DecoupleQPass was applied to this model, and SplitQuantPass goes first: load the model afresh and write "
+            "SplitQuantPass(...) + DecoupleQPass(...)"
+        )
+    if manifest is not None:
         raise AlreadySplitError("the model was split before; load it afresh to split it with other options")
     for name, module in model.named_modules():
         if isinstance(module, (SplitModule, SplitActivation)):

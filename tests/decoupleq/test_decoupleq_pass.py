@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 
 import pytest
@@ -155,6 +156,16 @@ def test_blocks_are_tuned(net, batches, plugins):
             assert torch.allclose(GRID.quantize_dequantize(layer.weight), layer.weight, atol=1e-6)
 
 
+def test_blocks_that_are_layers_are_tuned(plugins):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    inputs = [torch.randn(8, 8) for _ in range(4)]
+    options = {"tune_blocks": True, "block_steps": 4, **FAST}
+    DecoupleQPass(calibration=inputs, plugins=plugins, **options).apply(net, grid=GRID)
+    assert [record.name for record in manifest_of(net).solved] == ["0", "2"]
+    assert all(record.values.trainings for record in manifest_of(net).solved)
+
+
 def test_after_a_split_the_parts_are_solved_together(net, batches, plugins):
     grid = UniformGrid(2, "symmetric", "tensor")
     reference, whole, only_split = (copy.deepcopy(net) for _ in range(3))
@@ -274,6 +285,9 @@ def test_what_is_refused(net, batches, plugins):
         solver(bit=2)
     with pytest.raises(ConfigError, match="bits=9"):
         solver(bits=9)
+    for option in ({"learning_rate": math.inf}, {"damping": math.inf}, {"starts": (1.0, math.nan)}):
+        with pytest.raises(ConfigError, match=rf"option {next(iter(option))}.*finite"):
+            solver(**option)
     with pytest.raises(ConfigError, match="group_size"):
         solver(granularity="group")
     with pytest.raises(ConfigError, match="needs calibration"):
@@ -295,7 +309,16 @@ def test_what_is_refused(net, batches, plugins):
     solver(**FAST).apply(net, grid=GRID)
     with pytest.raises(AlreadySplitError, match="applied to this model before"):
         solver().apply(net, grid=GRID)
+    with pytest.raises(AlreadySplitError, match=r"DecoupleQPass was applied.* SplitQuantPass goes first"):
+        SplitQuantPass(plugins=plugins)(net)
     assert repr(solver(bits=2)) == "DecoupleQPass(bits=2)"
+
+
+def test_a_resume_dir_that_is_a_file(net, batches, plugins, tmp_path):
+    (tmp_path / "file").write_text("theirs")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match=r"resume_dir=.*file is not a folder"):
+            DecoupleQPass(calibration=batches, plugins=plugins, resume_dir=path, **FAST).apply(net, grid=GRID)
 
 
 def test_the_former_name_of_an_option_still_works_with_a_warning(net, batches, plugins):
