@@ -50,6 +50,7 @@ class SplitModule(nn.Module):
 
     fused_weight: Tensor | None
     fused_bias: Tensor | None
+    _fused_from: Sequence[tuple[Tensor, int]]
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ class SplitModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # What fusing materialised is rebuilt, and never saved.
         buffers = {**self._buffers, "fused_weight": None, "fused_bias": None}
-        return {**self.__dict__, "_buffers": buffers}
+        return {**self.__dict__, "_buffers": buffers, "_fused_from": ()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SplitModule:
         twin = self.__class__.__new__(self.__class__)
@@ -119,7 +120,8 @@ class SplitModule(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Sum what the parts make of the input; where the layer is fused, use the sum of their weights."""
-        if self.fusion is not None and not self.training:  # what is trained are the parts
+        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in self.parts())
+        if self.fusion is not None and not self.training and not hooked:  # what is trained, or watched, are the parts
             return self._dense_forward(input, *self._fused_tensors(input.dtype))
         first, *rest = self.parts()
         output = first(input)
@@ -132,16 +134,31 @@ class SplitModule(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not say how to run fused; give it _dense_forward")
 
     def _fused_tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        if self.fusion == "materialised" and self.fused_weight is not None and self.fused_weight.dtype == dtype:
+        sources = [tensor for part in self.parts() for tensor in (*part.parameters(), *part.buffers())]
+        keeps = self.fusion == "materialised"
+        if keeps and self.fused_weight is not None and self.fused_weight.dtype == dtype and self._is_of(sources):
             return self.fused_weight, self.fused_bias
         # Backends that keep half-precision scales dequantize to half precision; sum in the input's.
         weight = sum_parts([dense_weight(part).to(dtype) for part in self.parts()])
         biases = self._biases()
         bias = sum_parts(biases).to(dtype) if biases else None
-        if self.fusion == "materialised":
+        if keeps and not (torch.is_grad_enabled() and weight.requires_grad):  # gradients go on to the parts
             self.fused_weight = weight.detach()
             self.fused_bias = None if bias is None else bias.detach()
+            self._fused_from = tuple((tensor, _version(tensor)) for tensor in sources)
         return weight, bias
+
+    def _is_of(self, sources: Sequence[Tensor]) -> bool:
+        """Whether what fusing materialised was made of these tensors as they are now, and needs no gradient."""
+        if torch.compiler.is_compiling():  # a compiled graph guards on its parameters, and knows no versions
+            return True
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources):
+            return False
+        made_of: Sequence[tuple[Tensor, int]] = self.__dict__.get("_fused_from", ())
+        return len(made_of) == len(sources) and all(
+            tensor is before and _version(tensor) == version
+            for tensor, (before, version) in zip(sources, made_of, strict=True)
+        )
 
     def train(self, mode: bool = True) -> SplitModule:
         """Set the mode, as every module does; training makes what fusing materialised out of date."""
@@ -161,6 +178,7 @@ class SplitModule(nn.Module):
         if self.__dict__.get("_buffers", {}).get("fused_weight") is not None:
             self.fused_weight = None
             self.fused_bias = None
+            self._fused_from = ()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.forget_fused()
@@ -179,8 +197,16 @@ def dense_weight(module: nn.Module) -> Tensor:
         return cast(Any, module).recover()
     if hasattr(module, "dequantize_weight"):  # as HQQ's layers do
         return cast(Tensor, cast(Any, module).dequantize_weight())
-    weight = cast(Tensor, module.weight)
+    if getattr(module, "weight_qtype", None) is not None:  # quanto's, which may not be frozen yet
+        weight = cast(Tensor, module.qweight)
+    else:
+        weight = cast(Tensor, module.weight)
     return weight.dequantize() if is_tensor_subclass(weight) else weight
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written into; inference tensors do not count that."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def is_tensor_subclass(tensor: Tensor) -> bool:

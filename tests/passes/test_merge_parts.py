@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from splitquant_plugins import SplitQuantPass, fuse, unfuse
 from splitquant_plugins.errors import ConfigError, InputError
@@ -20,16 +21,20 @@ def conv_net() -> nn.Module:
     ).eval()
 
 
+class Products(TorchFunctionMode):
+    """Counts products with a weight."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function in (nn.functional.linear, nn.functional.conv2d)
+        return function(*args, **(kwargs or {}))
+
+
 def calls_of(model: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Output, and how many Linear and convolution modules ran."""
-    count = []
-    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    handles = [layer.register_forward_hook(lambda *_: count.append(1)) for layer in layers]
-    with torch.no_grad():
-        output = model(inputs)
-    for handle in handles:
-        handle.remove()
-    return output, len(count)
+    """Output, and the number of products."""
+    with torch.no_grad(), Products() as products:
+        return model(inputs), products.count
 
 
 @pytest.mark.parametrize("mode", ["materialised", "rebuilt"])
@@ -40,7 +45,7 @@ def test_one_product_per_layer_and_the_same_outputs(mode: str) -> None:
     state = copy.deepcopy(model.state_dict())
     fused, fused_products = calls_of(fuse(model, mode), inputs)
     torch.testing.assert_close(fused, before, rtol=1e-5, atol=1e-5)
-    assert (products, fused_products) == (9, 0)
+    assert (products, fused_products) == (9, 3)
     assert model.state_dict().keys() == state.keys()
     again, products = calls_of(unfuse(model), inputs)
     assert torch.equal(again, before)
@@ -57,6 +62,49 @@ def test_a_materialised_sum_is_never_stale() -> None:
         fused = model(inputs)
         parts = unfuse(model)(inputs)
     torch.testing.assert_close(fused, parts, rtol=1e-5, atol=1e-4)
+
+
+def test_a_part_that_changes_is_seen() -> None:
+    model = fuse(SplitQuantPass()(conv_net()))
+    inputs = torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        before = model(inputs)
+        model[4].lower.weight.mul_(3)
+        changed = model(inputs)
+        assert not torch.allclose(changed, before)
+        model[0].upper.weight = nn.Parameter(torch.randn_like(model[0].upper.weight))
+        assert not torch.allclose(model(inputs), changed)
+        fused = model(inputs)
+        torch.testing.assert_close(fused, unfuse(model)(inputs), rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_reach_the_parts_every_time() -> None:
+    model = fuse(SplitQuantPass()(conv_net()))
+    for _ in range(2):
+        model.zero_grad()
+        model(torch.randn(2, 3, 12, 12)).sum().backward()
+        assert all(part.weight.grad is not None for layer in (model[0], model[2], model[4]) for part in layer.parts())
+
+
+def test_hooks_on_parts_run() -> None:
+    model = fuse(SplitQuantPass()(conv_net()))
+    seen = []
+    model[4].middle.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        model(torch.randn(2, 3, 12, 12))
+    assert seen == [1]
+
+
+def test_the_weights_that_quanto_will_freeze_are_those_that_run() -> None:
+    quanto = pytest.importorskip("optimum.quanto")
+    model = SplitQuantPass(splitter="kmeans")(nn.Sequential(nn.Linear(16, 8)).eval())
+    inputs = torch.randn(3, 16)
+    quanto.quantize(model, weights=quanto.qint2)
+    with torch.no_grad():
+        expected = model(inputs)
+        torch.testing.assert_close(fuse(model)(inputs), expected)
+        quanto.freeze(model)
+        torch.testing.assert_close(model(inputs), expected)
 
 
 def test_the_sum_moves_with_the_model_and_is_not_pickled() -> None:
