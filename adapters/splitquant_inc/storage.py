@@ -29,7 +29,7 @@ from splitquant_plugins.errors import InputError, SkeletonMismatchError
 from splitquant_plugins.manifest import ATTRIBUTE, FILE_NAME, Manifest
 from splitquant_plugins.modules import layer_of_part
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d, replace_module
-from splitquant_plugins.passes.rebuild import apply_manifest
+from splitquant_plugins.passes.rebuild import apply_manifest, manifest_to_save
 
 STORAGE_FILE = "splitquant_inc.json"
 
@@ -54,6 +54,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     write_description(folder, model, layers, same_as)
     manifest = getattr(model, ATTRIBUTE, None)
     if manifest is not None:
+        manifest = manifest_to_save(model)
         note_quantized(manifest, {layer_of_part(model).get(name, name) for name in layers})
         manifest.save(folder)
     else:  # that of a split model that was saved here before

@@ -29,9 +29,9 @@ from splitquant_plugins.checkpoints.source import SINGLE_FILE
 from splitquant_plugins.checkpoints.tensors import read_state, untied_state, write_tensors
 from splitquant_plugins.checkpoints.transformers_models import load_model, model_of_folder, save_configs
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
-from splitquant_plugins.manifest import FILE_NAME, Manifest, manifest_of
+from splitquant_plugins.manifest import FILE_NAME, Manifest
 from splitquant_plugins.modules import SplitModule, layer_of_part
-from splitquant_plugins.passes.rebuild import apply_manifest
+from splitquant_plugins.passes.rebuild import apply_manifest, manifest_to_save
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_quanto.grid import group_size_of
 from splitquant_quanto.quantization import LAYERS, quantize_after
@@ -68,7 +68,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     Raises SkeletonMismatchError where the model was not split, InputError where it is not quantized.
     """
     folder = Path(folder)
-    manifest = manifest_of(model)
+    manifest = manifest_to_save(model)
     qmap = quantization_map(model)
     if not qmap:
         raise InputError(f"{type(model).__name__} holds no quanto layer; call quantize and freeze first")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from splitquant_plugins.checkpoints.files import refuse_output_file
+from splitquant_plugins.cli.options import refuse_inputs_as_output
 from splitquant_plugins.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,6 +45,10 @@ def recipe_options(*, several: bool) -> Callable[[Callable[..., Any]], Callable[
                 _refuse_lost_options(context)
             decoupleq = None if read is None else read.decoupleq
             if save_recipe is not None:
+                inputs = [given.get(name) for name in ("model", "data", "calibration")]
+                refuse_inputs_as_output(save_recipe, recipe, *inputs)
+                if save_recipe == given.get("json_path"):
+                    raise ConfigError(f"--save-recipe and --json both write {save_recipe}: choose another name for one")
                 _save(save_recipe, given, decoupleq, several=several)
             return command(*args, decoupleq=decoupleq, **given)
 
@@ -120,7 +124,6 @@ def _save(path: Path, given: Mapping[str, Any], decoupleq: dict[str, Any] | None
     from splitquant_plugins.recipes.files import write_recipe
     from splitquant_plugins.recipes.recipe import UNSPLIT, recipe_from
 
-    refuse_output_file(path)
     known = {_single(name): value for name, value in given.items()} if several else dict(given)
     split = pass_options(k=known["k"], budget=known["budget"], extra=known["extra"])
     del split["jobs"]

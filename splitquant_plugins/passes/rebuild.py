@@ -9,8 +9,8 @@ from torch import nn
 
 from splitquant_plugins.checkpoints.transformers_models import forget_tied_embeddings
 from splitquant_plugins.errors import AlreadySplitError, SkeletonMismatchError
-from splitquant_plugins.manifest import ATTRIBUTE, LayerRecord, Manifest, set_manifest
-from splitquant_plugins.modules import SplitModule, part_names
+from splitquant_plugins.manifest import ATTRIBUTE, LayerRecord, Manifest, manifest_of, set_manifest
+from splitquant_plugins.modules import SplitModule, is_tensor_subclass, part_names
 from splitquant_plugins.passes.build import build_split, replace_everywhere
 from splitquant_plugins.passes.calibration import evaluating
 from splitquant_plugins.passes.checks import DTYPES
@@ -41,6 +41,32 @@ def apply_manifest(model: nn.Module, manifest: Manifest, plugins: Plugins | None
         forget_tied_embeddings(model)
     set_manifest(model, manifest)
     return model
+
+
+def manifest_to_save(model: nn.Module) -> Manifest:
+    """Bring the manifest of a split model that is about to be saved up to date with the dtypes of its parts; return it.
+
+    Raises SkeletonMismatchError where a layer that was split is gone, or no longer a split one: such a model could not
+    be rebuilt from what is saved.
+    """
+    manifest = manifest_of(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    records = []
+    for record in manifest.layers:
+        found = modules.get(record.name)
+        if record.action == "split" and record.parts and not isinstance(found, SplitModule):
+            what = "is gone" if found is None else f"is a {type(found).__name__} now"
+            raise SkeletonMismatchError(
+                f"{record.name} was split and {what}, so that what is saved could not be loaded: change layers before "
+                "the split"
+            )
+        if isinstance(found, SplitModule):
+            weight = found.parts()[0]._parameters.get("weight")
+            if weight is not None and not is_tensor_subclass(weight):
+                record = record.model_copy(update={"dtype": str(weight.dtype).removeprefix("torch.")})
+        records.append(record)
+    manifest.layers = records
+    return manifest
 
 
 def _replace(model: nn.Module, manifest: Manifest, plugins: Plugins) -> nn.Module:

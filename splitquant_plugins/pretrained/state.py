@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from splitquant_plugins.checkpoints.joined_codes import JoinedLayer, joined_state
 from splitquant_plugins.checkpoints.transformers_models import forget_tied_embeddings
 from splitquant_plugins.errors import InputError, PluginError
-from splitquant_plugins.manifest import manifest_of
 from splitquant_plugins.modules import SplitModule, is_tensor_subclass, layer_of_part
+from splitquant_plugins.passes.rebuild import manifest_to_save
 from splitquant_plugins.plugins import Plugins
 from splitquant_plugins.pretrained.checkpoint_config import SplitCheckpointConfig
 from splitquant_plugins.pretrained.guards import guards
@@ -29,7 +29,7 @@ def describe_and_state(model: nn.Module) -> tuple[SplitCheckpointConfig, dict[st
 
     Raises InputError where a layer is quantized by what cannot say how, SkeletonMismatchError where nothing was split.
     """
-    manifest = manifest_of(model)
+    manifest = manifest_to_save(model)
     backend, saved, layers = _quantized(model)
     _refuse_unknown_parts(model, layers)
     state = dict(model.state_dict()) if saved is None else saved.state(model)

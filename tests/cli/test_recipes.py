@@ -88,3 +88,15 @@ def test_a_wrong_recipe_and_several_in_one_are_refused(
     line = fails("compare", classifier(), "--data", texts, "--save-recipe", tmp_path / "r.yaml")
     assert "a recipe has one --weights, and this command has int2, int4, int8" in line
     assert "is no folder with a split model" in fails("recipe", tmp_path / "nowhere")
+
+
+def test_a_recipe_is_not_written_over_what_is_read(fails, texts, tmp_path):
+    before = Path(texts).read_bytes()
+    assert "is an input of this command" in fails("compare", tmp_path, "--data", texts, "--save-recipe", texts)
+    (tmp_path / "config.json").write_text("{}")
+    line = fails("quantize", tmp_path, "--output", tmp_path / "out", "--save-recipe", tmp_path / "config.json")
+    assert "is an input of this command" in line
+    assert (tmp_path / "config.json").read_text() == "{}"
+    assert Path(texts).read_bytes() == before
+    both = tmp_path / "both"
+    assert "both write" in fails("compare", tmp_path, "--data", texts, "--save-recipe", both, "--json", both)

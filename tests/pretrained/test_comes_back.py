@@ -109,6 +109,26 @@ def test_a_bfloat16_model_comes_back_in_bfloat16(split, tokens, tmp_path):
     assert torch.equal(logits(model, tokens), logits(again, tokens))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_that_was_cast_after_the_split_comes_back(split, tokens, tmp_path, dtype):
+    model = split(llama()).to(dtype)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in again.parameters()} == {dtype}
+    assert torch.equal(logits(again, tokens), logits(model, tokens))
+
+
+def test_a_model_that_lost_a_split_layer_is_not_saved(split, tmp_path):
+    model = split(llama())
+    model.model.layers[0].mlp.up_proj = torch.nn.Linear(32, 48)
+    with pytest.raises(SkeletonMismatchError, match=r"layers\.0\.mlp\.up_proj was split and is a Linear now"):
+        model.save_pretrained(tmp_path)
+    model.model.layers = model.model.layers[:1]
+    with pytest.raises(SkeletonMismatchError, match="was split and is"):
+        model.save_pretrained(tmp_path)
+
+
 def test_what_casting_did_to_computed_buffers_comes_back(split, tokens, tmp_path):
     model = split(llama().bfloat16())  # rotary frequencies too, which from_pretrained leaves in float32
     model.save_pretrained(tmp_path)

@@ -319,7 +319,7 @@ def test_other_options_are_not_mixed_in(half_done, stream, tmp_path):
     with pytest.raises(InputError, match=r"streamed\.partial is half done, and was begun with another options"):
         stream(half_done, k=2)
     with pytest.raises(InputError, match="begun with another options"):
-        stream(half_done, splitter="kmeans")
+        stream(half_done, splitter="range")
     with pytest.raises(InputError, match="begun with another weight format"):
         stream(half_done, weights="int2")
     with pytest.raises(InputError, match="begun with another shard size"):
