@@ -120,8 +120,7 @@ class SplitModule(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Sum what the parts make of the input; where the layer is fused, use the sum of their weights."""
-        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in self.parts())
-        if self.fusion is not None and not self.training and not hooked:  # what is trained, or watched, are the parts
+        if self.fusion is not None and not self.training and not self._is_watched():  # what is trained are the parts
             return self._dense_forward(input, *self._fused_tensors(input.dtype))
         first, *rest = self.parts()
         output = first(input)
@@ -133,9 +132,13 @@ class SplitModule(nn.Module):
         """Apply the layer with a single weight, laid out as the parts' weights are."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to run fused; give it _dense_forward")
 
+    def _is_watched(self) -> bool:
+        """Whether a part has hooks, which would not run where the layer runs fused."""
+        return any(part._forward_hooks or part._forward_pre_hooks for part in self.parts())
+
     def _fused_tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        sources = [tensor for part in self.parts() for tensor in (*part.parameters(), *part.buffers())]
         keeps = self.fusion == "materialised"
+        sources = [each for part in self.parts() for each in (*part.parameters(), *part.buffers())] if keeps else []
         if keeps and self.fused_weight is not None and self.fused_weight.dtype == dtype and self._is_of(sources):
             return self.fused_weight, self.fused_bias
         # Backends that keep half-precision scales dequantize to half precision; sum in the input's.

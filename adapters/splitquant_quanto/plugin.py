@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from splitquant_plugins.hookspecs import hookimpl
-from splitquant_quanto.when_imported import when_imported
+from splitquant_plugins.pretrained.when_imported import when_imported
 
 if TYPE_CHECKING:
     from torch import nn

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from splitquant_plugins.checkpoints.joined_codes import joined_state
-from splitquant_plugins.modules import layer_of_part
+from splitquant_plugins.pretrained.state import parts_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,11 +19,8 @@ def bits_saved(quantized: QuantizedModel, backend: Backend) -> int:
     layers = {} if saved is None else saved.describe(quantized.model)
     if saved is None or not layers:
         return 0
-    parts: dict[str, list[str]] = {}
-    for part, layer in layer_of_part(quantized.model).items():
-        parts.setdefault(layer, []).append(part)
     state = saved.state(quantized.model)
-    return 8 * (_bytes(state) - _bytes(joined_state(state, layers, parts, saved)[0]))
+    return 8 * (_bytes(state) - _bytes(joined_state(state, layers, parts_of(quantized.model), saved)[0]))
 
 
 def _bytes(state: dict[str, Tensor]) -> int:

@@ -23,8 +23,8 @@ def fold_batchnorms(model: nn.Module) -> list[str]:
 
     Which layer follows which is read off a symbolic trace of the whole model. Where that cannot be traced its
     children are, and a pair counts only if no module above can reach it by name: see `_out_of_reach`. Nor does it count
-    where the trace is not all there is: see `_used_otherwise`. A BatchNorm that cannot be folded stays, which keeps the
-    model's outputs too.
+    where the trace is not all there is: see `_uses_apart_from_forward`. A BatchNorm that cannot be folded stays, which
+    keeps the model's outputs too.
     """
     places = {id(module): names for module, names in occurrences(model)}
     batchnorms = {
@@ -65,37 +65,50 @@ def _conv_batchnorm_pairs(
         return [pair for child in module.children() for pair in _conv_batchnorm_pairs(child, above, unseen)]
     first, *others = [_pairs(module, graph) for graph in graphs]
     pairs = [pair for pair in first if all(pair in other for other in others)]
-    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
     for _, norm in (pair for pair in pairs if not all(_out_of_reach(each, module, pair) for each in above)):
         unseen[id(norm)] = "a module above it cannot be traced, and may use the two in other ways, too"
-    for pair in pairs:
-        if reason := _used_otherwise(module, pair, called):
-            unseen.setdefault(id(pair[1]), reason)
+    uses = _uses_apart_from_forward(module, graphs)
+    for conv, norm in pairs:
+        reason = next((why for each, why in uses.items() if each in (id(conv), id(norm))), None)
+        if reason is not None:
+            unseen.setdefault(id(norm), reason)
     return [pair for pair in pairs if id(pair[1]) not in unseen]
 
 
-def _used_otherwise(traced: nn.Module, pair: tuple[nn.Module, nn.Module], called: set[str]) -> str | None:
-    """Say why the trace of `forward` does not tell all that a pair is used for; None where nothing speaks against it.
+def _uses_apart_from_forward(traced: nn.Module, graphs: list[fx.Graph]) -> dict[int, str]:
+    """Say of modules, by id, why the trace of `forward` does not tell all that they are used for.
 
-    A method that `forward` does not lead to may run one of the two, and a norm beside them that did not run may take
-    the place of theirs at another time.
+    A method that `forward` does not lead to may run one of them, and a norm beside them that did not run may take the
+    place of theirs at another time.
     """
-    for path in (name for name, module in traced.named_modules() if any(module is each for each in pair)):
-        steps = path.split(".")
-        for depth, step in enumerate(steps):
-            owner = traced.get_submodule(".".join(steps[:depth]))
-            others = _methods_apart_from_forward(type(owner))
-            if using := sorted(name for name, function in others.items() if step in _names_read([function])):
-                return f"{type(owner).__name__}.{using[0]} uses {step}, too"
-        beside = path.rpartition(".")[0]
-        for name, child in traced.get_submodule(beside).named_children():
-            if isinstance(child, BATCHNORMS) and (f"{beside}.{name}" if beside else name) not in called:
-                return f"{name} beside it did not run, and may run in its place"
-    return None
+    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
+    read = {kind: _names_apart_from_forward(kind) for kind in {type(module) for module in traced.modules()}}
+    modules = dict(traced.named_modules())
+    idle: dict[str, str] = {}  # a norm that did not run, by what holds it
+    for path, module in modules.items():
+        if isinstance(module, BATCHNORMS) and path not in called:
+            idle.setdefault(path.rpartition(".")[0], path.rpartition(".")[2])
+    by_method: dict[str, str] = {}
+    found: dict[int, str] = {}
+    for path, module in modules.items():
+        above, _, name = path.rpartition(".")
+        owner = modules.get(above)
+        if above in by_method:
+            by_method[path] = by_method[above]
+        elif path and owner is not None and name in read[type(owner)]:
+            by_method[path] = f"{type(owner).__name__}.{read[type(owner)][name]} uses {name}, too"
+        if path in by_method:
+            found[id(module)] = by_method[path]
+        elif path and above in idle:
+            found[id(module)] = f"{idle[above]} beside it did not run, and may run in its place"
+    return found
 
 
-def _methods_apart_from_forward(kind: type[nn.Module]) -> dict[str, Any]:
-    """Methods of a class, but for torch's own, that neither its forward nor its constructor leads to."""
+def _names_apart_from_forward(kind: type[nn.Module]) -> dict[str, str]:
+    """Names that are read by methods which neither forward nor the constructor leads to, and the first such method.
+
+    Of torch's own classes nothing is read.
+    """
     own = [each for each in reversed(kind.__mro__) if not each.__module__.startswith(("torch.", "builtins"))]
     methods = {name: _function(each) for kind in own for name, each in vars(kind).items()}
     methods = {name: function for name, function in methods.items() if function is not None}
@@ -103,7 +116,11 @@ def _methods_apart_from_forward(kind: type[nn.Module]) -> dict[str, Any]:
     while new:
         reached |= new
         new = _names_read([methods[name] for name in new]) & set(methods) - reached
-    return {name: function for name, function in methods.items() if name not in reached}
+    found: dict[str, str] = {}
+    for method in sorted(set(methods) - reached):
+        for name in _names_read([methods[method]]):
+            found.setdefault(name, method)
+    return found
 
 
 def _function(attribute: object) -> Any:

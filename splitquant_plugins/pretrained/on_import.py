@@ -11,23 +11,16 @@ hooks. Entries that are made by the first use of the package would come too late
 from __future__ import annotations
 
 import sys
-from importlib.machinery import ModuleSpec, PathFinder
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from types import ModuleType
+from splitquant_plugins.pretrained.when_imported import when_imported
 
 REGISTRY = "transformers.quantizers.auto"
 
 
 def register_with_transformers() -> None:
     """Add the entries to transformers' registry now, or as soon as transformers makes it."""
-    module = sys.modules.get(REGISTRY)
-    if module is not None:
-        _add_entries(module)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    when_imported(REGISTRY, lambda: _add_entries(sys.modules[REGISTRY]))
 
 
 def _add_entries(registry: Any) -> None:
@@ -38,32 +31,3 @@ def _add_entries(registry: Any) -> None:
     # Once more after a reload of either: the registry refuses a name that is there.
     registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = SplitCheckpointConfig
     registry.AUTO_QUANTIZER_MAPPING[METHOD] = SplitCheckpointQuantizer
-
-
-class _Finder:
-    """Finds the registry's module where it would be found anyway."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != REGISTRY:
-            return None
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(self, spec.loader)  # type: ignore[assignment]
-        return spec
-
-
-class _Loader:
-    """Loads the module as its own loader does, and adds the entries."""
-
-    def __init__(self, finder: _Finder, loader: Any) -> None:
-        self._finder, self._loader = finder, loader
-
-    def create_module(self, spec: ModuleSpec) -> Any:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: Any) -> None:
-        module.__loader__ = module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
-        if self._finder in sys.meta_path:
-            sys.meta_path.remove(self._finder)
-        _add_entries(module)

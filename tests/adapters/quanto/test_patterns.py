@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
-import sys
-
 import pytest
 from torch import nn
 
@@ -16,7 +12,6 @@ pytest.importorskip("optimum.quanto")
 
 from optimum.quanto import qint8, quantize
 from optimum.quanto.nn import QModuleMixin
-from splitquant_quanto.when_imported import when_imported
 
 
 @pytest.fixture
@@ -44,25 +39,6 @@ def test_w8_a_pattern_is_refused_before_anything_is_quantized(model):
     with pytest.raises(ConfigError, match="names the layer 1"):
         quantize(model, weights=qint8, exclude="1")
     assert not quantized(model)
-
-
-def test_a_module_that_is_watched_tells_when_it_is_imported(tmp_path, monkeypatch):
-    (tmp_path / "watched_by_test.py").write_text("value = 5")
-    monkeypatch.syspath_prepend(tmp_path)
-    finders, heard = list(sys.meta_path), []
-    when_imported("watched_by_test", lambda: heard.append(sys.modules["watched_by_test"].value))
-    when_imported("watched_by_test", lambda: heard.append("twice"))
-    assert importlib.util.find_spec("watched_by_test") is not None
-    assert heard == []
-    module = importlib.import_module("watched_by_test")
-    assert heard == [5]
-    assert sys.meta_path == finders
-    assert inspect.getsource(module).strip() == "value = 5"
-    when_imported("watched_by_test", lambda: heard.append("at once"))
-    assert heard == [5, "at once"]
-    with pytest.raises(ModuleNotFoundError):
-        importlib.import_module("watched_by_test.no_package")
-    del sys.modules["watched_by_test"]
 
 
 @pytest.mark.parametrize(

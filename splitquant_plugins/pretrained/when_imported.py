@@ -40,7 +40,8 @@ class _Watcher(MetaPathFinder):
         return spec
 
     def _done(self) -> None:
-        sys.meta_path.remove(self)
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
         self._do()
 
 
