@@ -40,6 +40,14 @@ def layer_of_part(model: nn.Module) -> dict[str, str]:
     }
 
 
+def parts_of(model: nn.Module) -> dict[str, list[str]]:
+    """Return the names of each split layer's parts, by the layer's name."""
+    found: dict[str, list[str]] = {}
+    for part, layer in layer_of_part(model).items():
+        found.setdefault(layer, []).append(part)
+    return found
+
+
 class SplitModule(nn.Module):
     """Base of the split layers: the sum of its parts.
 

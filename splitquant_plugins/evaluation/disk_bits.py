@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from splitquant_plugins.checkpoints.joined_codes import joined_state
-from splitquant_plugins.pretrained.state import parts_of
+from splitquant_plugins.modules import parts_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from splitquant_plugins.checkpoints.headers import TensorSpec, read_header
 from splitquant_plugins.checkpoints.joined_codes import CODES, PART_OF, separated_state
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
-from splitquant_plugins.modules import SplitModule
+from splitquant_plugins.modules import SplitModule, parts_of
 from splitquant_plugins.passes.module_tree import replace_module
 from splitquant_plugins.passes.rebuild import apply_manifest
 from splitquant_plugins.pretrained.guards import expect_guards, guard_name
 from splitquant_plugins.pretrained.placeholders import Placeholder
-from splitquant_plugins.pretrained.state import guarded_layers, parts_of, untie_packed
+from splitquant_plugins.pretrained.state import guarded_layers, untie_packed
 
 if TYPE_CHECKING:
     from splitquant_plugins.checkpoints.saved_layers import SavedLayers

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from splitquant_plugins.checkpoints.joined_codes import JoinedLayer, joined_state
 from splitquant_plugins.checkpoints.transformers_models import forget_tied_embeddings
 from splitquant_plugins.errors import InputError, PluginError
-from splitquant_plugins.modules import SplitModule, is_tensor_subclass, layer_of_part
+from splitquant_plugins.modules import SplitModule, is_tensor_subclass, layer_of_part, parts_of
 from splitquant_plugins.passes.rebuild import manifest_to_save
 from splitquant_plugins.plugins import Plugins
 from splitquant_plugins.pretrained.checkpoint_config import SplitCheckpointConfig
@@ -40,14 +40,6 @@ def describe_and_state(model: nn.Module) -> tuple[SplitCheckpointConfig, dict[st
         state, joined = joined_state(state, layers, parts_of(model), saved)
     described = SplitCheckpointConfig(manifest, backend, layers, dtype, _cast_buffers(model), joined)
     return described, {**_apart(state, [*layers, *_split(model)]), **guards(guarded_layers(model, layers))}
-
-
-def parts_of(model: nn.Module) -> dict[str, list[str]]:
-    """Names of each split layer's parts."""
-    found: dict[str, list[str]] = {}
-    for part, layer in layer_of_part(model).items():
-        found.setdefault(layer, []).append(part)
-    return found
 
 
 def _cast_buffers(model: nn.Module) -> dict[str, str]:
