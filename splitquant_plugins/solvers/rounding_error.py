@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from splitquant_plugins.parallel import CHUNK, in_threads
+from splitquant_plugins.solvers.fused_error import fused_error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,6 +80,9 @@ def _measured(tensor: Tensor, parts: Sequence[Tensor], grid: Grid, second_moment
     by_ends = grid.granularity == "tensor" or tensor.ndim < 2
     if not (rounds_by_ends(grid, tensor) if by_ends else rounds_rows_alone(grid, tensor)):
         return row_error(tensor, quantized_sum(parts, grid))
+    fused = fused_error(tensor, parts, grid) if tensor.is_contiguous() else None
+    if fused is not None:
+        return fused
     rows = 1 if tensor.ndim < 2 else len(tensor)
     n = tensor.numel() // rows
     step = max(1, CHUNK // n)

@@ -15,26 +15,41 @@ if TYPE_CHECKING:
 
 
 @compiled
-def digit_of(number: int, part: int, parts: int, width: int) -> int:
-    """Which level of a part a sum has; sums are numbered as if the levels were digits, the first part's the highest."""
-    for _ in range(parts - 1 - part):
-        number //= width
-    return number % width
-
-
-@compiled
 def ordered_sums(levels: Array, sums: Array, order: Array) -> None:
-    """Write all sums of one of the levels [k, c] per part, ascending, and the number of each; [c ** k]."""
+    """Write all sums of one of the levels [k, c] per part, ascending, and the number of each; [c ** k].
+
+    Sums are numbered as if the levels were digits, the first part's the highest; of equal sums the lower number comes
+    first. The sums of the last parts are sorted before those of all: one list for each level of the part before, and
+    these are merged two by two.
+    """
     parts, width = levels.shape
-    every = np.empty(len(sums))
-    for number in range(len(sums)):
-        total = 0.0
-        for part in range(parts):
-            total += levels[part, digit_of(number, part, parts, width)]
-        every[number] = total
-    order[:] = np.argsort(every, kind="mergesort")
-    for place in range(len(sums)):
-        sums[place] = every[order[place]]
+    one, two = np.empty(len(sums)), np.empty(len(sums))
+    first, second = np.empty(len(sums), np.int64), np.empty(len(sums), np.int64)
+    one[0], first[0] = 0.0, 0
+    number = 1
+    for part in range(parts - 1, -1, -1):
+        for c in range(width):
+            for i in range(number):
+                two[c * number + i] = levels[part, c] + one[i]
+                second[c * number + i] = c * number + first[i]
+        one, two, first, second = two, one, second, first
+        run = number
+        number *= width
+        while run < number:
+            for start in range(0, number, 2 * run):
+                i, j = start, min(start + run, number)
+                middle, stop = j, min(start + 2 * run, number)
+                for at in range(start, stop):
+                    if j == stop or (i < middle and one[i] <= one[j]):
+                        two[at], second[at] = one[i], first[i]
+                        i += 1
+                    else:
+                        two[at], second[at] = one[j], first[j]
+                        j += 1
+            run *= 2
+            one, two, first, second = two, one, second, first
+    sums[:] = one
+    order[:] = first
 
 
 @compiled

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from splitquant_plugins.compiled import compiled
-from splitquant_plugins.solvers.sums import cheapest_with, digit_of, digits_of_others, ordered_sums, sums_of_others
+from splitquant_plugins.solvers.sums import cheapest_with, digits_of_others, ordered_sums, sums_of_others
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,8 +33,8 @@ _SHIFT_16, _SHIFT_BF = 1.5 * 2.0**28, 1.5 * 2.0**-81
 _LEAST_16, _LEAST_BF = 2.0**-14, 2.0**-126
 _MOST_16, _MOST_32, _MOST_BF = 65504.0, 3.4028234663852886e38, 3.3895313892515355e38
 _MOST_64 = 1.7976931348623157e308
-# Look-up entries per sum, so that a look-up starts at most a few sums before the nearest.
-_ENTRIES_PER_SUM = 8
+# Values whose parts are made together, step by step: they stay in the nearest cache.
+_BLOCK = 512
 # Weights of a long group that may hold a pin that no weight has by itself: extremes on either side, and others evenly.
 _EXTREMES, _EVEN = 32, 64
 # Rounds in which pins that fit one value only may push others out of it.
@@ -67,9 +67,14 @@ def most(kind: int) -> float:
 
 
 @compiled
-def last_place(x: float, kind: int) -> float:
+def eps_of(kind: int) -> float:
+    """What the last place of 1 is worth in a dtype."""
+    return 2.0**-52 if kind == FLOAT64 else 2.0**-23 if kind == FLOAT32 else 2.0**-10 if kind == FLOAT16 else 2.0**-7
+
+
+@compiled
+def last_place(x: float, eps: float) -> float:
     """What the last place of a normal number of a dtype is worth; 0 or no number beyond the range of float64."""
-    eps = 2.0**-52 if kind == FLOAT64 else 2.0**-23 if kind == FLOAT32 else 2.0**-10 if kind == FLOAT16 else 2.0**-7
     big = x * _TO_ONE_BIT
     power = abs(big - (big - x))
     return eps * (0.5 * power if power > abs(x) else power)
@@ -107,7 +112,7 @@ def complete_one(weight: float, part: Array, kind: int) -> None:
     for j in range(k - 2):
         before = rounded(before + part[j], kind)
     for coarser in (1.0, 2.0, 4.0):
-        unit = coarser * last_place(last, kind)
+        unit = coarser * last_place(last, eps_of(kind))
         if not whole(weight, unit):
             return
         moved = rounded(np.rint(running / unit) * unit - before, kind)
@@ -138,8 +143,10 @@ def tabulate(codes: Array, spans: Array, shape: Array, scale: Array) -> tuple[Ar
     sums, order, digits = np.empty(number), np.empty(number, np.int64), np.empty((number, k), np.int64)
     ordered_sums(table[0], sums, order)
     for s in range(number):
-        for j in range(k):
-            digits[s, j] = digit_of(order[s], j, k, width)
+        rest = order[s]
+        for j in range(k - 1, -1, -1):
+            digits[s, j] = rest % width
+            rest //= width
     middles = np.empty(number)
     for s in range(number - 1):
         middles[s] = 0.5 * sums[s] + 0.5 * sums[s + 1]
@@ -148,31 +155,30 @@ def tabulate(codes: Array, spans: Array, shape: Array, scale: Array) -> tuple[Ar
 
 
 @compiled
-def look_up(middles: Array) -> tuple[Array, float, float]:
-    """For even steps from the first middle on, the number of middles before each; with start and steps per unit."""
-    number = len(middles)
-    entries = np.zeros(_ENTRIES_PER_SUM * number, np.int32)
-    low, high = middles[0], middles[max(number - 2, 0)]
-    per_unit = len(entries) / (high - low) if high > low else 0.0
-    if not per_unit < np.inf:
-        per_unit = 0.0
-    at = 0
-    for e in range(1, len(entries)):
-        # A step earlier than exact, which rounding cannot make too late.
-        while at < number - 1 and (middles[at] - low) * per_unit < e - 1:
-            at += 1
-        entries[e] = at
-    return entries, low, per_unit
+def halving(middles: Array) -> Array:
+    """The middles, and infinities up to a power of two: what `nearest_sums` searches by halves."""
+    size = 1
+    while size < len(middles):
+        size *= 2
+    padded = np.full(size, np.inf)
+    padded[: len(middles)] = middles
+    return padded
 
 
 @compiled
-def nearest_sum(weight: float, middles: Array, entries: Array, low: float, per_unit: float) -> int:
-    """The place of the sum nearest to a weight: the number of middles that are below it."""
-    place = (weight - low) * per_unit
-    at = entries[int(min(place, len(entries) - 1.0))] if place > 0 else entries[0]  # no number is not above 0
-    while middles[at] < weight:
-        at += 1
-    return at
+def nearest_sums(weights: Array, padded: Array, places: Array) -> None:
+    """The places of the sums nearest to the weights: the number of middles below each; of no numbers, 0.
+
+    One half after the other for all weights: a branch that no processor can predict costs more than all comparisons.
+    """
+    half = np.uint64(len(padded) // 2)
+    for i in range(len(weights)):
+        places[i] = 0
+    while half > 0:
+        before = half - np.uint64(1)
+        for i in range(len(weights)):
+            places[i] += half if padded[places[i] + before] < weights[i] else np.uint64(0)
+        half >>= np.uint64(1)
 
 
 @compiled
@@ -215,6 +221,33 @@ def _free_pin(weight: float, digit: Array, table: Array, pins: Array, either: bo
 
 
 @compiled
+def _round_block(block: Array, kind: int) -> None:
+    """Round numbers to a dtype, in place; the dtype is asked for once."""
+    if kind == FLOAT32:
+        for i in range(len(block)):
+            block[i] = np.float32(block[i])
+    elif kind != FLOAT64:
+        for i in range(len(block)):
+            block[i] = rounded(block[i], kind)
+
+
+@compiled
+def _may_hold(digits: Array, table: Array, pins: Array, either: bool, held: Array, able: Array) -> int:
+    """Mark the sums that have the level of a missing pin, and count the pins that are missing."""
+    able[:] = False
+    missing = 0
+    for j in range(len(pins)):
+        taken = either and (held[j] >= 0).any()
+        for p in range(pins.shape[1]):
+            if taken or held[j, p] >= 0 or np.isnan(pins[j, p, 0]):
+                continue
+            missing += 1
+            for s in range(len(digits)):
+                able[s] |= table[0, j, digits[s, j]] == pins[j, p, 1]
+    return missing
+
+
+@compiled
 def realise_span(
     values: Array,
     choice: Array,
@@ -233,61 +266,86 @@ def realise_span(
     level of every end that has to occur, NaN where there is none; held [k, p]: which value holds it, -1 where
     none can.
     """
-    k = len(pins)
-    entries, low, per_unit = look_up(middles)
-    lines = np.empty((len(digits), 3 * k))
-    for s in range(len(digits)):
-        for j in range(k):
-            for row in range(3):
-                lines[s, 3 * j + row] = table[row, j, digits[s, j]]
-    part = np.empty(k)
-    limit = most(kind)
-    held[:] = -1
-    missing = 0
+    k, number = len(pins), len(digits)
+    padded = halving(middles)
+    lines = np.empty((3, k, number))
     for j in range(k):
-        ends = np.sum(~np.isnan(pins[j, :, 0]))
-        missing += min(ends, 1) if either else ends
-    for i in range(len(values)):
-        weight = np.float64(values[i])
-        at = choice[i] if len(choice) else nearest_sum(weight, middles, entries, low, per_unit)
-        if missing > 0:
-            pinned, number = _free_pin(weight, digits[at], table, pins, either, held)
-            if pinned >= 0:
-                held[pinned, number] = i
-                missing -= 1
-                part[pinned] = pins[pinned, number, 0]
-                spread(weight - part[pinned], digits[at], table, pinned, part)
-                complete_one(weight, part, kind)
-                for j in range(k):
-                    out[j, i] = part[j]
+        for s in range(number):
+            for row in range(3):
+                lines[row, j, s] = table[row, j, digits[s, j]]
+    able = np.zeros(number, np.bool_)
+    held[:] = -1
+    missing = _may_hold(digits, table, pins, either, held, able)
+    limit, eps = most(kind), eps_of(kind)
+    room = min(_BLOCK, len(values))
+    weights, places, sure = np.empty(room), np.empty(room, np.uint64), np.empty(room, np.bool_)
+    errors, totals, parts, part = np.empty(room), np.empty(room), np.empty((k, room)), np.empty(k)
+    for start in range(0, len(values), room):
+        n = min(room, len(values) - start)
+        weight, place, error, total = weights[:n], places[:n], errors[:n], totals[:n]
+        for i in range(n):
+            weight[i] = np.float64(values[start + i])
+        if len(choice):
+            for i in range(n):
+                place[i] = choice[start + i]
+        else:
+            nearest_sums(weight, padded, place)
+        # As `spread` and `complete_one`, for all values of the block; these take over where this is not exact.
+        error[:] = weight
+        for j in range(k):
+            level = lines[0, j]
+            for i in range(n):
+                error[i] -= level[place[i]]
+        for j in range(k - 1, -1, -1):
+            level, low, high, moved = lines[0, j], lines[1, j], lines[2, j], parts[j, :n]
+            for i in range(n):
+                at = place[i]
+                here = level[at]
+                inside = max(here + error[i], low[at])
+                inside = min(inside, high[at])
+                error[i] -= inside - here
+                moved[i] = inside
+        last = parts[k - 1, :n]
+        for i in range(n):
+            last[i] += error[i]
+        total[:] = 0.0
+        for j in range(k - 1):
+            made = parts[j, :n]
+            _round_block(made, kind)
+            for i in range(n):
+                total[i] += made[i]
+            _round_block(total, kind)
+        for i in range(n):
+            last[i] = weight[i] - total[i]
+        _round_block(last, kind)
+        for i in range(n):
+            error[i] = total[i] + last[i]
+        _round_block(error, kind)
+        for i in range(n):
+            unit = last_place(last[i], eps)
+            lost = (unit > 0) & (np.rint(weight[i] / unit) * unit != weight[i])  # bits that no last part can hold
+            sure[i] = ((error[i] == weight[i]) | lost) & (abs(total[i]) + abs(last[i]) < limit)
+        for i in range(n):
+            if sure[i]:
                 continue
-        # As `spread` and `complete_one`, which take over where this is not exact.
-        line = lines[at]
-        error = weight
+            part[:] = parts[:, i]
+            complete_one(weight[i], part, kind)
+            parts[:, i] = part
+        for i in range(n if missing else 0):
+            if not able[place[i]]:
+                continue
+            pinned, pin = _free_pin(weight[i], digits[place[i]], table, pins, either, held)
+            if pinned >= 0:
+                held[pinned, pin] = start + i
+                part[pinned] = pins[pinned, pin, 0]
+                spread(weight[i] - part[pinned], digits[place[i]], table, pinned, part)
+                complete_one(weight[i], part, kind)
+                parts[:, i] = part
+                missing = _may_hold(digits, table, pins, either, held, able)
         for j in range(k):
-            error -= line[3 * j]
-        for j in range(k - 1, 0, -1):
-            moved = min(max(line[3 * j] + error, line[3 * j + 1]), line[3 * j + 2])
-            error -= moved - line[3 * j]
-            part[j] = moved
-        moved = min(max(line[0] + error, line[1]), line[2])
-        error -= moved - line[0]
-        part[0] = moved
-        part[k - 1] += error
-        running = rounded(part[0], kind)
-        out[0, i] = running
-        for j in range(1, k - 1):
-            held_part = rounded(part[j], kind)
-            out[j, i] = held_part
-            running = rounded(running + held_part, kind)
-        last = rounded(weight - running, kind)
-        out[k - 1, i] = last
-        inside = abs(running) + abs(last) < limit
-        if inside and (rounded(running + last, kind) == weight or not whole(weight, last_place(last, kind))):
-            continue
-        complete_one(weight, part, kind)
-        for j in range(k):
-            out[j, i] = part[j]
+            made, to = parts[j], out[j]
+            for i in range(n):
+                to[start + i] = made[i]
 
 
 @compiled

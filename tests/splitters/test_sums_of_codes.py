@@ -24,8 +24,8 @@ from splitquant_plugins.splitters._sum_parts import (
     FLOAT32,
     complete_one,
     force_pins,
-    look_up,
-    nearest_sum,
+    halving,
+    nearest_sums,
     pins_of,
     rounded,
     tabulate,
@@ -82,7 +82,10 @@ def test_a_price_is_the_error_of_the_nearest_levels(values: list[float], places:
 def test_the_nearest_sum_is_looked_up(weight: float, sums: list[float]) -> None:
     lines = np.sort(sums)
     middles = np.append((lines[1:] + lines[:-1]) / 2, np.inf)
-    found = nearest_sum(weight, middles, *look_up(middles))
+    places = np.full(2, 5, np.uint64)
+    nearest_sums(np.array([weight, np.nan]), halving(middles), places)
+    found = int(places[0])
+    assert places[1] == 0
     assert abs(weight - lines[found]) <= np.abs(weight - lines).min() * (1 + 1e-12) + 1e-300
 
 
