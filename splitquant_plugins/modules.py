@@ -145,7 +145,8 @@ class SplitModule(nn.Module):
         return any(part._forward_hooks or part._forward_pre_hooks for part in self.parts())
 
     def _fused_tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        keeps = self.fusion == "materialised"
+        # A compiled or exported graph sums the parts itself: it cannot see that one of them was written into.
+        keeps = self.fusion == "materialised" and not torch.compiler.is_compiling()
         sources = [each for part in self.parts() for each in (*part.parameters(), *part.buffers())] if keeps else []
         if keeps and self.fused_weight is not None and self.fused_weight.dtype == dtype and self._is_of(sources):
             return self.fused_weight, self.fused_bias
@@ -161,8 +162,6 @@ class SplitModule(nn.Module):
 
     def _is_of(self, sources: Sequence[Tensor]) -> bool:
         """Whether what fusing materialised was made of these tensors as they are now, and needs no gradient."""
-        if torch.compiler.is_compiling():  # a compiled graph guards on its parameters, and knows no versions
-            return True
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources):
             return False
         made_of: Sequence[tuple[Tensor, int]] = self.__dict__.get("_fused_from", ())

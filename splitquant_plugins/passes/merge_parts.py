@@ -20,8 +20,9 @@ def fuse(model: nn.Module, mode: Fusion = "materialised") -> nn.Module:
     `materialised` keeps the sum in memory, in full precision beside the parts: fastest. `rebuilt` makes it
     anew at each call: no memory, less speed. The parts stay what they are, are saved as before, and the sum
     never is; `unfuse` takes it back. Outputs are the same within rounding. A part that is changed, in place or by
-    another tensor, is seen (but not in what was compiled before); where gradients of the parts are asked for, the sum
-    is made at each call, so run inference under `torch.no_grad()`; a layer with hooks on its parts runs part by part.
+    another tensor, is seen; where gradients of the parts are asked for, the sum is made at each call, so run inference
+    under `torch.no_grad()`. So it is in what torch.compile and torch.export make of the model, which cannot see that a
+    part was written into. A layer with hooks on its parts runs part by part.
 
     Raises ConfigError for an unknown mode, InputError for a model that has no split layer, is in training
     mode, or quantizes the parts' activations, which a single product would skip.

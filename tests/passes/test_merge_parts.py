@@ -78,6 +78,36 @@ def test_a_part_that_changes_is_seen() -> None:
         torch.testing.assert_close(fused, unfuse(model)(inputs), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("materialised", [False, True], ids=["at once", "after a call"])
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_part_that_changes_is_seen_by_what_was_compiled(materialised: bool, fullgraph: bool) -> None:
+    torch._dynamo.reset()
+    model = fuse(SplitQuantPass()(nn.Sequential(nn.Linear(12, 8)).eval()))
+    inputs = torch.randn(2, 12)
+    with torch.no_grad():
+        if materialised:
+            model(inputs)
+        compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
+        before = compiled(inputs)
+        model[0].lower.weight.mul_(3)
+        assert not torch.allclose(compiled(inputs), before)
+        torch.testing.assert_close(compiled(inputs), model(inputs))
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(model, backend="eager")(inputs), unfuse(model)(inputs))
+
+
+def test_an_exported_fused_model_has_one_product_and_the_parts() -> None:
+    model = fuse(SplitQuantPass()(conv_net()))
+    inputs = torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        model(inputs)
+        exported = torch.export.export(model, (inputs,))
+        targets = [str(node.target) for node in exported.graph.nodes]
+        assert sum("conv2d" in target or "linear" in target for target in targets) == 3
+        assert set(exported.state_dict) == set(model.state_dict())
+        torch.testing.assert_close(exported.module()(inputs), model(inputs))
+
+
 def test_gradients_reach_the_parts_every_time() -> None:
     model = fuse(SplitQuantPass()(conv_net()))
     for _ in range(2):
