@@ -11,7 +11,6 @@ import gc
 import io
 import pickle
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
@@ -68,10 +67,12 @@ def by_inc(kind: str, **options: Any) -> Make:
 
 
 def as_graph(first: ModelPass | None, seed: int) -> nn.Module:
-    graphs = pytest.importorskip("splitquant_pt2e.graph")
+    pytest.importorskip("torchao")
+    from splitquant_pt2e.graph import split_graph
+
     graph = torch.export.export(net(seed), (inputs(),)).module()
     if first is not None:
-        graphs.split_graph(graph, first)
+        split_graph(graph, first)
     return graph
 
 

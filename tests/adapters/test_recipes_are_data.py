@@ -25,6 +25,58 @@ PASSES = {
     "function": lambda: DecoupleQPass(calibration=batches),
     "sequence": lambda: SplitQuantPass(k=2) + DecoupleQPass(calibration=batches),
 }
+# Every option with a value that is not its default.
+SPLIT_OPTIONS = {
+    "k": 2,
+    "splitter": "kmeans",
+    "granularity": "channel",
+    "include": ("a*", "b"),
+    "exclude": ("c",),
+    "split_bias": False,
+    "activations": True,
+    "activation_dim": 1,
+    "fold_batchnorm": False,
+    "untie_embeddings": True,
+    "budget": 4.5,
+    "seed": 5,
+    "jobs": 2,
+    "progress": True,
+    "calibration_bytes": 2**20,
+}
+DECOUPLEQ_OPTIONS = {
+    "bits": 3,
+    "granularity": "tensor",
+    "group_size": 32,
+    "scheme": "symmetric",
+    "include": ("a*", "b"),
+    "exclude": ("c",),
+    "sequential": False,
+    "asymmetric_calibration": 0.25,
+    "tune_blocks": True,
+    "tune_model": True,
+    "tune_codes": False,
+    "tune_norms": False,
+    "tune_biases": True,
+    "epochs": 3,
+    "block_window": 1,
+    "block_steps": 9,
+    "model_steps": 8,
+    "batch_size": 2,
+    "held_out": 0.25,
+    "learning_rate": 1e-4,
+    "code_learning_rate": 1e-3,
+    "damping": 0.02,
+    "rounding": "projected",
+    "rounds": 1,
+    "starts": (1.0, 0.5),
+    "sweeps": 2,
+    "search_inputs": 0,
+    "seed": 7,
+    "progress": True,
+    "resume_dir": "somewhere",
+    "calibration_bytes": 2**20,
+}
+KINDS = {"SplitQuantPass": (SplitQuantPass, SPLIT_OPTIONS), "DecoupleQPass": (DecoupleQPass, DECOUPLEQ_OPTIONS)}
 
 
 def batches():
@@ -36,8 +88,10 @@ def quanto():
     return pytest.importorskip("transformers").QuantoConfig(weights="int2", modules_to_not_convert=["head"])
 
 
-def inc():
-    return pytest.importorskip("neural_compressor.torch.quantization").RTNConfig(bits=2, use_sym=False, group_size=-1)
+def inc(kind="RTNConfig", local=False, **options):
+    quantization = pytest.importorskip("neural_compressor.torch.quantization")
+    made = getattr(quantization, kind)(bits=2, group_size=-1, **options)
+    return made.set_local("head", getattr(quantization, kind)(bits=4, **options)) if local else made
 
 
 def pt2e():
@@ -45,7 +99,31 @@ def pt2e():
     return pytest.importorskip("splitquant_pt2e").LowBitWeightQuantizer("int2", granularity="tensor")
 
 
-RECIPES = {"quanto": quanto, "inc": inc, "pt2e": pt2e}
+def x86():
+    home = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    return home.X86InductorQuantizer().set_global(home.get_default_x86_inductor_quantization_config())
+
+
+def xnnpack():
+    home = pytest.importorskip("torchao.testing.pt2e._xnnpack_quantizer")
+    return home.XNNPACKQuantizer().set_global(home.get_symmetric_quantization_config(is_per_channel=True))
+
+
+RECIPES = {
+    "quanto": quanto,
+    "inc": lambda: inc(use_sym=False),
+    "inc, local": lambda: inc(use_sym=False, local=True),
+    "inc gptq": lambda: inc("GPTQConfig", use_sym=False, model_path="."),
+    "inc hqq": lambda: inc("HQQConfig", quant_zero=False),
+    "pt2e": pt2e,
+    "x86": x86,
+    "xnnpack": xnnpack,
+}
+FIRST = {
+    "split": lambda: SplitQuantPass(k=2, seed=3, include=("1*",)),
+    "decoupleq": lambda: DecoupleQPass(calibration=batches, rounds=1),
+    "both": lambda: SplitQuantPass(k=2) + DecoupleQPass(calibration=BATCHES),
+}
 
 
 def made(name):
@@ -102,26 +180,64 @@ def test_described_passes_are_checked(described, message):
         pass_from_dict(described)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_c2_every_option_is_listed_here(name):
+    kind, options = KINDS[name]
+    made = kind(calibration=BATCHES) if kind is DecoupleQPass else kind()
+    assert set(options) == set(made.options())
+
+
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name in KINDS for option in KINDS[name][1]])
+def test_c2_every_option_counts_and_comes_back(name, option):
+    kind, options = KINDS[name]
+    more = {"calibration": BATCHES} if kind is DecoupleQPass else {}
+    default, made = kind(**more), kind(**{**more, option: options[option]})
+    assert made != default
+    for other in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
+        assert other == made
+    again = pass_from_dict(json.loads(json.dumps(made.to_dict())))
+    again.calibration = made.calibration
+    assert again == made
+    held = getattr(again.config, option) if hasattr(again.config, option) else getattr(again, option)
+    assert held == options[option]
+
+
+@pytest.mark.filterwarnings("ignore:XNNPACKQuantizer is deprecated")  # in torchao; it goes on in executorch
+@pytest.mark.parametrize("first", FIRST)
 @pytest.mark.parametrize("backend", RECIPES)
-def test_c1_recipes_are_pickled_copied_and_equal(backend):
-    recipe = SplitQuantPass(k=2, seed=3) + RECIPES[backend]()
+def test_c1_recipes_are_pickled_copied_and_equal(backend, first):
+    recipe = FIRST[first]() + RECIPES[backend]()
     for other in (pickle.loads(pickle.dumps(recipe)), copy.deepcopy(recipe), copy.copy(recipe)):
         assert other == recipe
         assert isinstance(other, type(RECIPES[backend]()))
+        assert pickle.loads(pickle.dumps(other)) == recipe
+    assert recipe == FIRST[first]() + RECIPES[backend]()
     assert recipe != SplitQuantPass(k=4, seed=3) + RECIPES[backend]()
     assert recipe != RECIPES[backend]()
 
 
-@pytest.mark.parametrize("backend", ["quanto", "inc"])
-def test_c2_recipes_come_back_from_json(backend, tmp_path):
-    recipe = SplitQuantPass(k=2, seed=3, include=("1*",)) + RECIPES[backend]()
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("backend", [name for name in RECIPES if name.startswith(("quanto", "inc"))])
+def test_c2_recipes_come_back_from_json(backend, first, tmp_path):
+    recipe = FIRST[first]() + RECIPES[backend]()
     described = json.loads(json.dumps(recipe.to_dict()))
     again = type(recipe).from_dict(described)
-    assert again == recipe
-    assert again.first.config.k == 2
+    assert again.to_dict() == recipe.to_dict()
     recipe.to_json_file(str(tmp_path / "recipe.json"))
     stored = json.loads((tmp_path / "recipe.json").read_text())
-    assert type(recipe).from_dict(stored) == recipe
+    for made in (again, type(recipe).from_dict(stored)):
+        if first == "split":
+            assert made == recipe
+            assert made.first.config.k == 2
+        else:
+            assert made != recipe  # JSON keeps no calibration
+            give_calibration(made.first, recipe.first)
+            assert made == recipe
+
+
+def give_calibration(made, first):
+    for one, other in zip(getattr(made, "passes", [made]), getattr(first, "passes", [first]), strict=True):
+        one.calibration = other.calibration
 
 
 def test_c2_a_saved_model_config_keeps_the_pass(tmp_path):
