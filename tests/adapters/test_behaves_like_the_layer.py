@@ -39,8 +39,8 @@ def as_float(first: ModelPass | None, seed: int) -> nn.Module:
     return net(seed) if first is None else first(net(seed))
 
 
-def as_fused(first: ModelPass | None, seed: int) -> nn.Module:
-    return net(seed) if first is None else fuse(first(net(seed)))
+def fused(make: Make) -> Make:
+    return lambda first, seed: make(first, seed) if first is None else fuse(make(first, seed))
 
 
 def by_quanto(weights: str) -> Make:
@@ -101,9 +101,10 @@ def x86() -> Any:
 
 MODELS: dict[str, Make] = {
     "float": as_float,
-    "fused": as_fused,
+    "float, fused": fused(as_float),
     "quanto int2": by_quanto("int2"),
     "quanto int8": by_quanto("int8"),
+    "quanto int2, fused": fused(by_quanto("int2")),
     "inc rtn": by_inc("RTNConfig", bits=2, use_sym=False, use_layer_wise=False),
     "inc hqq": by_inc("HQQConfig", bits=4, quant_zero=False),
     "pt2e float": as_graph,
@@ -219,9 +220,11 @@ NO_WEIGHTS_TO_TRAIN = "reach bias"
 HOLDS_A_SAVE_METHOD = "AttributeError: 'Sequential' object has no attribute 'save'"  # on the model, bound to it
 HOLDS_A_LOCAL_FUNCTION = "AttributeError: Can't pickle local object"
 SCALES_ARE_NUMBERS_OF_THE_GRAPH = "AssertionError: Tensor-likes are not close!"
+NO_COPY_OF_A_SUBCLASS = "RuntimeError: The default implementation of __deepcopy__() for wrapper subclasses"
 CANNOT: dict[tuple[str, str], str] = {
-    ("quanto int2", "deepcopy"): "RuntimeError: The default implementation of __deepcopy__() for wrapper subclasses",
-    ("quanto int8", "deepcopy"): "RuntimeError: The default implementation of __deepcopy__() for wrapper subclasses",
+    ("quanto int2", "deepcopy"): NO_COPY_OF_A_SUBCLASS,
+    ("quanto int8", "deepcopy"): NO_COPY_OF_A_SUBCLASS,
+    ("quanto int2, fused", "deepcopy"): NO_COPY_OF_A_SUBCLASS,
     ("inc rtn", "gradients of the parameters"): "has none",
     ("inc rtn", "pickle"): HOLDS_A_SAVE_METHOD,
     ("inc rtn", "torch.save"): HOLDS_A_SAVE_METHOD,
