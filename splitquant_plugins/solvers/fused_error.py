@@ -134,10 +134,12 @@ def _ends(groups: Tensor) -> Tensor:
     if len(groups) == 1:
         return torch.stack(torch.aminmax(groups)).reshape(1, 2)  # many times faster than along a dimension
     step = max(1, _SPAN // groups.shape[1])
-    each = in_threads(
-        lambda at: torch.stack(torch.aminmax(groups[at : at + step], dim=1), dim=1), range(0, len(groups), step)
-    )
-    return torch.cat(each)
+
+    def work(at: int) -> Tensor:
+        some = groups[at : at + step]
+        return torch.stack([some.amin(dim=1), some.amax(dim=1)], dim=1)  # faster than aminmax of a dimension
+
+    return torch.cat(in_threads(work, range(0, len(groups), step)))
 
 
 def _as_the_grid(

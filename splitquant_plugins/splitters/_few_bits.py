@@ -9,8 +9,7 @@ import numpy as np
 
 from splitquant_plugins.compiled import compiled
 from splitquant_plugins.splitters._power_of_two import covers
-from splitquant_plugins.splitters._pricing import bin_group
-from splitquant_plugins.splitters._search import codebook_cost
+from splitquant_plugins.splitters._search import codebook_cost, summarise
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,17 +63,18 @@ def scales_of_few_bits(
     costs are in the weights' unit.
     """
     frame, table = np.empty(8), np.empty((bins + 1, 2))
+    short = np.empty((2, 0 if bins else values.shape[1]), np.float32)
     k = shape.shape[1]
     room = np.empty((2, codes.shape[1] ** k))
     exact, trial = np.empty(k), np.empty(k)
     for group in range(len(values)):
         if scale[group, 0] == 0:
             continue
-        bin_group(values[group], frame, table)
+        summarise(values[group], bins, frame, table, short)
         for j in range(k):
             exact[j] = _rounded_up(scale[group, j], bits)
         trial[:] = exact / frame[0]
-        least = codebook_cost(codes, rules, flags, shape[group], trial, frame, table, room)
+        least = codebook_cost(codes, rules, flags, shape[group], trial, frame, table, short, room)
         for _ in range(_ROUNDS):
             before = least
             for part in range(k - 1, -1, -1):
@@ -86,7 +86,7 @@ def scales_of_few_bits(
                         trial[part] = near / frame[0]
                         if not covers(rules, shape[group], trial, frame):
                             break
-                        new = codebook_cost(codes, rules, flags, shape[group], trial, frame, table, room)
+                        new = codebook_cost(codes, rules, flags, shape[group], trial, frame, table, short, room)
                         if not new < least:
                             break
                         least, moved = new, True

@@ -70,7 +70,7 @@ class Effort:
     ranking_groups: int = 8
     # Starts that a sample group, or a group of a tensor that has few, tries.
     shortlist: int = 16
-    # Groups that are searched for what all others start from: 64 give 32.47, 256 give 32.59 dB, and take 0.1 s.
+    # Groups that are searched for what all others start from: 64 give 32.47, 256 give 32.59 dB, and take 0.05 s.
     library_groups: int = 256
     # One in so many at most.
     one_in: int = 16
@@ -83,7 +83,7 @@ class Effort:
     alone_at_least: int = 64
     # Sums that a library's groups have together: bounds the time for wide parts.
     library_sums: int = 1 << 14
-    # Starts in the library: 16, 32 and 64 give 32.3, 32.6 and 32.7 dB for 40, 52 and 75 microseconds a group.
+    # Starts in the library: 16, 32 and 64 give 32.3, 32.6 and 32.7 dB; 64 take half as long again.
     library: int = 32
     # Sums that are priced for a group from its library, which bounds the time for wide parts.
     priced_sums: int = 1 << 15
@@ -109,7 +109,10 @@ class Effort:
     # How far placements move at once, in steps of the grid: any distance gains 0.01 dB from a library.
     reach: float = 9.0
     reach_from_library: float = 0.6
-    # Bins per sum that a group is summarised by: twice as many gain less than 0.01 dB.
+    # Groups of up to so many values for each code of a part are priced value by value, exactly: as fast as bins are, or
+    # faster.
+    short_times_width: int = 32
+    # Bins per sum that a longer group is summarised by: twice as many gain less than 0.01 dB.
     bins_per_sum: int = 16
     # Heavy tails leave the middle few bins where one group spans them all, which costs up to 0.2 dB per tensor.
     bins_in_all: int = 1 << 17
@@ -210,7 +213,7 @@ def search(groups: Tensor, rules: Rules, k: int, *, cover: bool = True, effort: 
     if not len(live):
         return books
     wanted = max(effort.fewest_bins, effort.bins_per_sum * sums, effort.bins_in_all // len(live))
-    bins = min(effort.most_bins, wanted)
+    bins = 0 if n <= effort.short_times_width * rules.width else min(effort.most_bins, wanted)
     general = starts = _shortlist(
         _sample(groups, live, effort.ranking_groups, effort), rules, flags, bins, k, len(live), effort
     )

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from splitquant_plugins.compiled import compiled
-from splitquant_plugins.splitters._pricing import bin_group
-from splitquant_plugins.splitters._search import codebook_cost
+from splitquant_plugins.splitters._search import codebook_cost, summarise
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,6 +47,7 @@ def round_scales(
     exponents are priced, and then other placements of one part at a time. Scales and costs are in the weights' unit.
     """
     frame, table = np.empty(8), np.empty((bins + 1, 2))
+    short = np.empty((2, 0 if bins else values.shape[1]), np.float32)
     k = shape.shape[1]
     room = np.empty((2, codes.shape[1] ** k))
     trial, best, other = np.empty(k), np.empty(k), np.empty(k, np.int64)
@@ -55,7 +55,7 @@ def round_scales(
     for group in range(len(values)):
         if scale[group, 0] == 0:
             continue
-        bin_group(values[group], frame, table)
+        summarise(values[group], bins, frame, table, short)
         peak = frame[0]
         need = 0.0
         first = rules[shape[group, 0]]
@@ -74,7 +74,7 @@ def round_scales(
                 rest //= deep
                 trial[j] = 2.0**exponent / peak
             if covers(rules, shape[group], trial, frame):
-                new = codebook_cost(codes, rules, flags, shape[group], trial, frame, table, room)
+                new = codebook_cost(codes, rules, flags, shape[group], trial, frame, table, short, room)
                 if new < least:
                     least = new
                     best[:] = trial
@@ -87,7 +87,7 @@ def round_scales(
                     trial[part] *= 2.0**step
                     if not covers(rules, other, trial, frame):
                         continue
-                    new = codebook_cost(codes, rules, flags, other, trial, frame, table, room)
+                    new = codebook_cost(codes, rules, flags, other, trial, frame, table, short, room)
                     if new < least:
                         least = new
                         best[:] = trial

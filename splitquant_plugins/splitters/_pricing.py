@@ -1,7 +1,8 @@
 """What a codebook costs: all sums of one level per part, in order, and the error of rounding a group to them.
 
-A group is summarised once by even bins with running totals. The error of a codebook then takes one look-up for each
-of its levels, however many values the group has.
+A long group is summarised once by even bins with running totals. The error of a codebook then takes one look-up for
+each of its levels, however many values the group has. Of a short group, each value is rounded to the last part after
+every combination of the others: without sorting the sums, by loops that processors do eight steps of at once.
 """
 
 from __future__ import annotations
@@ -44,11 +45,69 @@ def bin_group(values: Array, frame: Array, table: Array) -> None:
         table[place, 0] += 1.0
         table[place, 1] += value
         squares += value * value
-    for b in range(bins):
-        table[b + 1, 0] += table[b, 0]
-        table[b + 1, 1] += table[b, 1]
+    count, total = 0.0, 0.0
+    for b in range(bins + 1):
+        count += table[b, 0]
+        total += table[b, 1]
+        table[b, 0], table[b, 1] = count, total
     frame[0], frame[1], frame[2], frame[3] = peak, low, high, per_unit
     frame[4], frame[5], frame[6], frame[7] = len(values), squares, min(low, 0.0), max(high, 0.0)
+
+
+@compiled
+def frame_group(values: Array, frame: Array, short: Array) -> None:
+    """As `bin_group` for a group that is priced value by value: `short` [0, n] are its values in the same units."""
+    low, high = np.float64(values[0]), np.float64(values[0])
+    for i in range(len(values)):
+        value = np.float64(values[i])
+        low = min(low, value)
+        high = max(high, value)
+    peak = max(-low, high)
+    low /= peak
+    high /= peak
+    for i in range(len(values)):
+        short[0, i] = np.float32(np.float64(values[i]) / peak)
+    frame[0], frame[1], frame[2], frame[3] = peak, low, high, 0.0
+    frame[4], frame[5], frame[6], frame[7] = len(values), 0.0, min(low, 0.0), max(high, 0.0)
+
+
+@compiled
+def price_values(codes: Array, shape: Array, scale: Array, short: Array, room: Array) -> float:
+    """Squared error of rounding the values short [0, n] to the nearest sums; the codes of a part are one step apart.
+
+    short [1, n] is overwritten, as is `room`, which holds a sum of all parts but the last for each of their codes.
+    """
+    k, width = len(shape), codes.shape[1]
+    others = room[0]
+    number = 1
+    others[0] = 0.0
+    for part in range(k - 1):
+        for c in range(width - 1, -1, -1):  # the first list last: the others are made of it
+            level = codes[shape[part], c] * scale[part]
+            for i in range(number):
+                others[c * number + i] = others[i] + level
+        number *= width
+    step = scale[k - 1]
+    per_step = 1.0 / step
+    low, high = np.float32(codes[shape[k - 1], 0]), np.float32(codes[shape[k - 1], width - 1])
+    inverse = np.float32(per_step)
+    values, least = short[0], short[1]
+    n = len(values)
+    for i in range(n):
+        least[i] = np.inf
+    for at in range(0, number, 2):
+        one = np.float32(others[at])
+        two = np.float32(others[min(at + 1, number - 1)])
+        for i in range(n):
+            left = (values[i] - one) * inverse
+            other = (values[i] - two) * inverse
+            left -= min(max(np.rint(left), low), high)
+            other -= min(max(np.rint(other), low), high)
+            least[i] = min(min(left * left, other * other), least[i])
+    total = 0.0
+    for i in range(n):
+        total += np.float64(least[i])
+    return total * step * step
 
 
 @compiled

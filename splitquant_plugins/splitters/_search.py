@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from splitquant_plugins.compiled import compiled
-from splitquant_plugins.splitters._pricing import bin_group, price, sorted_sums
+from splitquant_plugins.splitters._pricing import bin_group, frame_group, price, price_values, sorted_sums
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,13 +47,33 @@ def _pin_cost(rules: Array, either: bool, shape: Array, scale: Array) -> float:
 
 
 @compiled
+def summarise(values: Array, bins: int, frame: Array, table: Array, short: Array) -> None:
+    """Prepare a group [n], not all zero, for `codebook_cost`: in bins, or value by value where there are none."""
+    if bins:
+        bin_group(values, frame, table)
+    else:
+        frame_group(values, frame, short)
+
+
+@compiled
 def codebook_cost(
-    codes: Array, rules: Array, flags: Array, shape: Array, scale: Array, frame: Array, table: Array, room: Array
+    codes: Array,
+    rules: Array,
+    flags: Array,
+    shape: Array,
+    scale: Array,
+    frame: Array,
+    table: Array,
+    short: Array,
+    room: Array,
 ) -> float:
-    """Error of a codebook on a binned group; infinite where no weight can hold some end of a part's range."""
+    """Error of a codebook on a summarised group; infinite where no weight can hold some end of a part's range."""
     if flags[1] and not _can_pin(rules, flags[0], shape, scale, frame):
         return np.inf
-    error = price(sorted_sums(codes, shape, scale, room[0], room[1]), frame, table)
+    if short.shape[1]:
+        error = price_values(codes, shape, scale, short, room)
+    else:
+        error = price(sorted_sums(codes, shape, scale, room[0], room[1]), frame, table)
     return error + (_pin_cost(rules, flags[0], shape, scale) if flags[1] else 0.0)
 
 
@@ -106,6 +126,7 @@ def _descend(
     reach: float,
     frame: Array,
     table: Array,
+    short: Array,
     room: Array,
     trial: Array,
     other: Array,
@@ -121,7 +142,7 @@ def _descend(
                         trial[part] *= 1 + steps[at] if sign == 0 else 1 - steps[at]
                         if flags[1]:
                             fit(rules, shape, trial, frame, first == 1)
-                        new = codebook_cost(codes, rules, flags, shape, trial, frame, table, room)
+                        new = codebook_cost(codes, rules, flags, shape, trial, frame, table, short, room)
                         if new < cost:
                             cost = new
                             scale[:] = trial
@@ -138,7 +159,7 @@ def _descend(
                     trial[:] = scale
                     if flags[1]:
                         fit(rules, other, trial, frame, False)
-                    new = codebook_cost(codes, rules, flags, other, trial, frame, table, room)
+                    new = codebook_cost(codes, rules, flags, other, trial, frame, table, short, room)
                     if new < cost:
                         cost = new
                         scale[:] = trial
@@ -152,14 +173,15 @@ def rank_starts(
 ) -> None:
     """Costs [starts, groups] of all starts on sample groups `values` [groups, n], relative to each group's best."""
     frame, table = np.empty(8), np.empty((bins + 1, 2))
+    short = np.empty((2, 0 if bins else values.shape[1]), np.float32)
     k = shapes.shape[1]
     room, trial = np.empty((2, codes.shape[1] ** k)), np.empty(k)
     for group in range(len(values)):
-        bin_group(values[group], frame, table)
+        summarise(values[group], bins, frame, table, short)
         for start in range(len(shapes)):
             trial[:] = scales[start]
             tighten(rules, flags, shapes[start], trial, frame)
-            costs[start, group] = codebook_cost(codes, rules, flags, shapes[start], trial, frame, table, room)
+            costs[start, group] = codebook_cost(codes, rules, flags, shapes[start], trial, frame, table, short, room)
 
 
 @compiled
@@ -182,6 +204,7 @@ def search_groups(
 ) -> None:
     """The best codebook of every group, and how many times larger its scales are than `tighten` makes them."""
     frame, table = np.empty(8), np.empty((bins + 1, 2))
+    short = np.empty((2, 0 if bins else values.shape[1]), np.float32)
     k, starts = shapes.shape[1], len(shapes)
     room, trial, other = np.empty((2, codes.shape[1] ** k)), np.empty(k), np.empty(k, np.int64)
     shape, scale = np.empty(k, np.int64), np.empty(k)
@@ -199,11 +222,11 @@ def search_groups(
             cost_out[group] = 0.0
             slack_out[group] = 1.0
             continue
-        bin_group(values[group], frame, table)
+        summarise(values[group], bins, frame, table, short)
         for start in range(starts):
             trial[:] = scales[start]
             tighten(rules, flags, shapes[start], trial, frame)
-            costs[start] = codebook_cost(codes, rules, flags, shapes[start], trial, frame, table, room)
+            costs[start] = codebook_cost(codes, rules, flags, shapes[start], trial, frame, table, short, room)
         best = np.inf
         for _ in range(keep):
             start = int(np.argmin(costs))
@@ -212,14 +235,16 @@ def search_groups(
             shape[:] = shapes[start]
             scale[:] = scales[start]
             tighten(rules, flags, shape, scale, frame)
-            cost = _descend(codes, rules, flags, shape, scale, cost, coarse, reach, frame, table, room, trial, other)
+            cost = _descend(
+                codes, rules, flags, shape, scale, cost, coarse, reach, frame, table, short, room, trial, other
+            )
             if cost < best or best == np.inf:
                 best = cost
                 shape_out[group] = shape
                 scale_out[group] = scale
         shape[:] = shape_out[group]
         scale[:] = scale_out[group]
-        best = _descend(codes, rules, flags, shape, scale, best, fine, 0.0, frame, table, room, trial, other)
+        best = _descend(codes, rules, flags, shape, scale, best, fine, 0.0, frame, table, short, room, trial, other)
         shape_out[group] = shape
         trial[:] = scale / scale.sum()
         tighten(rules, flags, shape, trial, frame)

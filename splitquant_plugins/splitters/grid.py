@@ -197,7 +197,8 @@ class _Race:
         channels = len(self._tensor)
         number = max(1, min(channels, _SAMPLE // self._tensor[0].numel()))
         if not len(self._norm):
-            self._norm = torch.linalg.vector_norm(self._tensor.flatten(1), dim=1, dtype=torch.float64)
+            wide = torch.promote_types(self._tensor.dtype, torch.float32)
+            self._norm = torch.linalg.vector_norm(self._tensor.flatten(1), dim=1, dtype=wide).double()
         relative = self._least / self._norm.square().clamp(min=torch.finfo(torch.float64).tiny)
         even = torch.linspace(0, channels - 1, number, device=relative.device).round().long()
         return torch.unique(torch.cat([relative.topk(number).indices, even])), even

@@ -16,7 +16,7 @@ from splitquant_plugins.passes.checks import check_parts
 from splitquant_plugins.plan import TensorPlan
 from splitquant_plugins.solvers.rounding_error import weight_error
 from splitquant_plugins.splitters._joint import joint_parts, levels, realise, rules_of, search
-from splitquant_plugins.splitters._pricing import bin_group, price, sorted_sums
+from splitquant_plugins.splitters._pricing import bin_group, frame_group, price, price_values, sorted_sums
 from splitquant_plugins.splitters._shapes import shapes
 from splitquant_plugins.splitters._sum_parts import (
     BFLOAT16,
@@ -75,6 +75,25 @@ def test_a_price_is_the_error_of_the_nearest_levels(values: list[float], places:
     wanted = (np.abs(scaled[:, None] - lines).min(axis=1) ** 2).sum()
     # values within a bin of a middle may go to the other level
     assert wanted - 1e-9 <= price(lines, frame, table) <= wanted + 2e-3 * len(given_values)
+
+
+@settings(deadline=None)
+@given(values=numbers, scale=scales, width=st.integers(1, 5), lowest=st.integers(-4, 0))
+def test_a_short_group_is_priced_value_by_value(
+    values: list[float], scale: list[float], width: int, lowest: int
+) -> None:
+    given_values, k = np.array([*values, 1.0], np.float32), len(scale)
+    codes = np.arange(float(lowest), lowest + width).reshape(1, -1)
+    frame, short, room = np.empty(8), np.empty((2, len(given_values)), np.float32), np.empty((2, width**k))
+    frame_group(given_values, frame, short)
+    peak = np.abs(given_values).max()
+    assert frame[0] == peak
+    scaled = given_values.astype(np.float64) / peak
+    assert (frame[1], frame[2], frame[6]) == (scaled.min(), scaled.max(), min(scaled.min(), 0.0))
+    lines = np.array([sum(one) for one in itertools.product(*(codes[0] * s for s in scale))])
+    wanted = (np.abs(scaled[:, None] - lines).min(axis=1) ** 2).sum()
+    found = price_values(codes, np.zeros(k, np.int64), np.array(scale), short, room)
+    assert found == pytest.approx(wanted, rel=1e-3, abs=1e-6 * len(values))
 
 
 @settings(deadline=None)
