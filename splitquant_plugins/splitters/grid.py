@@ -15,7 +15,9 @@ from splitquant_plugins.splitters._exact import complete
 from splitquant_plugins.splitters._feedback import joint_parts_for_outputs
 from splitquant_plugins.splitters._joint import MOST_SUMS, joint_parts
 from splitquant_plugins.splitters._pieces import by_group, required
+from splitquant_plugins.splitters._residual_search import rule_of
 from splitquant_plugins.splitters._shapes import shapes
+from splitquant_plugins.splitters._vernier import suits_vernier, vernier_parts
 from splitquant_plugins.splitters.base import Splitter, SplitterOptions
 from splitquant_plugins.splitters.kmeans import KMeansOptions, KMeansSplitter
 from splitquant_plugins.splitters.range import choose_cuts, range_parts
@@ -92,6 +94,11 @@ class GridSplitter(Splitter):
                 race.enter(lambda some: joint_parts_for_outputs(some, grid_, found, k, moment))
             race.enter(residual, sampled=True)
         else:
+            rule = rule_of(grid_)
+            if rule is not None and suits_vernier(rule):
+                race.enter(
+                    lambda some: complete(some, by_group(some, grid_, lambda each: vernier_parts(each, rule))[:-1])
+                )
             race.enter(residual)
         race.enter(lambda some: [some])
         if not race.beats_disjoint():

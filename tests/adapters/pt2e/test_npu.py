@@ -67,7 +67,7 @@ def test_a_split_program_is_as_whole_as_a_plain_one(net, split, target):
     batches = [(image,) for image in images.split(1)]
     plain, parts = (export_program(net, target, first, batches) for first in (None, split(k=2, splitter="grid")))
     assert parts.manifest is not None
-    assert len(parts.manifest.split) == 3
+    assert len(parts.manifest.split) == (1 if target == "vulkan" else 3)  # Vulkan's quantizer knows linear layers alone
     assert parts.delegates == plain.delegates
     ours = dict(parts.host)
     if target in ("cortex-m", "cadence"):  # no delegates there: kernels of the target, and more of them
