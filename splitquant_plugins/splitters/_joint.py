@@ -24,6 +24,7 @@ from splitquant_plugins.splitters._sum_parts import (
     FLOAT16,
     FLOAT32,
     FLOAT64,
+    SHORT,
     force_pins,
     levels_of_groups,
     pins_of,
@@ -109,9 +110,6 @@ class Effort:
     # How far placements move at once, in steps of the grid: any distance gains 0.01 dB from a library.
     reach: float = 9.0
     reach_from_library: float = 0.6
-    # Groups of up to so many values for each code of a part are priced value by value, exactly: as fast as bins are, or
-    # faster.
-    short_times_width: int = 32
     # Bins per sum that a longer group is summarised by: twice as many gain less than 0.01 dB.
     bins_per_sum: int = 16
     # Heavy tails leave the middle few bins where one group spans them all, which costs up to 0.2 dB per tensor.
@@ -213,7 +211,7 @@ def search(groups: Tensor, rules: Rules, k: int, *, cover: bool = True, effort: 
     if not len(live):
         return books
     wanted = max(effort.fewest_bins, effort.bins_per_sum * sums, effort.bins_in_all // len(live))
-    bins = 0 if n <= effort.short_times_width * rules.width else min(effort.most_bins, wanted)
+    bins = 0 if n <= SHORT * rules.width else min(effort.most_bins, wanted)
     general = starts = _shortlist(
         _sample(groups, live, effort.ranking_groups, effort), rules, flags, bins, k, len(live), effort
     )
@@ -378,7 +376,7 @@ def _realise_long(group: Tensor, rules: Rules, book: Codebooks, choice: Tensor |
     sums, middles, digits, table = tabulate(rules.codes, rules.spans, shape, scale)
     pins = pins_of(rules.pins, shape, scale)
     kind, k = _KINDS[group.dtype], len(scale)
-    nothing = np.empty(0, np.int64)
+    nothing, nobody = np.empty(0, np.int64), np.empty(0)
     room = _Room(k)
 
     def work(span: slice) -> Array:
@@ -386,7 +384,7 @@ def _realise_long(group: Tensor, rules: Rules, book: Codebooks, choice: Tensor |
         made = room.like(values)
         held = np.empty(pins.shape[:2], np.int64)
         chosen = nothing if choice is None else choice.reshape(-1)[span].numpy()
-        realise_span(values, chosen, middles, digits, table, pins, rules.either, kind, made, held)
+        realise_span(values, chosen, middles, digits, table, pins, rules.either, kind, made, held, nobody)
         _copy(made, [part[span] for part in out])
         return np.where(held < 0, held, held + span.start)
 
@@ -395,7 +393,7 @@ def _realise_long(group: Tensor, rules: Rules, book: Codebooks, choice: Tensor |
     for one in found:
         held = np.where(held < 0, one, held)
     if not (((held >= 0) | np.isnan(pins[:, :, 0])).all() or (rules.either and (held >= 0).any(axis=1).all())):
-        index, changed = force_pins(_values(group), sums, middles, table, pins, rules.either, kind, held)
+        index, changed = force_pins(_values(group), sums, middles, nobody, table, pins, rules.either, kind, held)
         for part, values in zip(out, changed, strict=True):
             for place, value in zip(index.tolist(), values.tolist(), strict=True):
                 part[place] = value

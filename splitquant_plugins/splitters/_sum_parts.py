@@ -33,6 +33,8 @@ _SHIFT_16, _SHIFT_BF = 1.5 * 2.0**28, 1.5 * 2.0**-81
 _LEAST_16, _LEAST_BF = 2.0**-14, 2.0**-126
 _MOST_16, _MOST_32, _MOST_BF = 65504.0, 3.4028234663852886e38, 3.3895313892515355e38
 _MOST_64 = 1.7976931348623157e308
+# Groups of up to so many values for each code of a part are worked on without sorting sums: as fast, or faster.
+SHORT = 32
 # Values whose parts are made together, step by step: they stay in the nearest cache.
 _BLOCK = 512
 # Weights of a long group that may hold a pin that no weight has by itself: extremes on either side, and others evenly.
@@ -125,33 +127,86 @@ def complete_one(weight: float, part: Array, kind: int) -> None:
 
 
 @compiled
-def tabulate(codes: Array, spans: Array, shape: Array, scale: Array) -> tuple[Array, Array, Array, Array]:
-    """All sums of a codebook, ascending.
+def table_of(codes: Array, spans: Array, shape: Array, scale: Array) -> Array:
+    """Each part's levels, and the least and the most that rounds to them, [3, k, c].
 
-    `spans` [2, shapes, c]: what rounds to each code, in units of the scale. Returns the sums [L], the middles
-    between them [L], infinite at the end, their codes [L, k], and a table [3, k, c] of each part's levels and the
-    least and the most that rounds to them.
+    `spans` [2, shapes, c]: what rounds to each code, in units of the scale.
     """
     k, width = len(shape), codes.shape[1]
-    number = width**k
     table = np.empty((3, k, width))
     for j in range(k):
         for c in range(width):
             table[0, j, c] = codes[shape[j], c] * scale[j]
             table[1, j, c] = spans[0, shape[j], c] * scale[j]
             table[2, j, c] = spans[1, shape[j], c] * scale[j]
-    sums, order, digits = np.empty(number), np.empty(number, np.int64), np.empty((number, k), np.int64)
-    ordered_sums(table[0], sums, order)
-    for s in range(number):
-        rest = order[s]
+    return table
+
+
+@compiled
+def digits_in_order(width: int, k: int) -> Array:
+    """The codes of all sums [c ** k, k], the first part's the highest digit."""
+    digits = np.empty((width**k, k), np.int64)
+    for s in range(len(digits)):
+        rest = s
         for j in range(k - 1, -1, -1):
             digits[s, j] = rest % width
             rest //= width
+    return digits
+
+
+@compiled
+def tabulate(codes: Array, spans: Array, shape: Array, scale: Array) -> tuple[Array, Array, Array, Array]:
+    """All sums of a codebook, ascending.
+
+    Returns the sums [L], the middles between them [L], infinite at the end, their codes [L, k], and the table of
+    `table_of`.
+    """
+    table = table_of(codes, spans, shape, scale)
+    number = codes.shape[1] ** len(shape)
+    sums, order = np.empty(number), np.empty(number, np.int64)
+    ordered_sums(table[0], sums, order)
+    digits = digits_in_order(codes.shape[1], len(shape))[order]
     middles = np.empty(number)
     for s in range(number - 1):
         middles[s] = 0.5 * sums[s] + 0.5 * sums[s + 1]
     middles[number - 1] = np.inf
     return sums, middles, digits, table
+
+
+@compiled
+def nearest_unsorted(weights: Array, levels: Array, places: Array, least: Array, found: Array) -> None:
+    """The places, in the order of `digits_in_order`, of sums nearest to the weights, without sorting them.
+
+    `levels` [k, c]; those of the last part are even steps, of which the last may be repeated. After every combination
+    of the other parts, its nearest is found by rounding. `least` and `found` are overwritten, as long as the weights.
+    """
+    k, width = levels.shape
+    last = levels[k - 1]
+    step = last[1] - last[0] if width > 1 and last[1] > last[0] else 1.0
+    top, inverse = np.rint((last[width - 1] - last[0]) / step), 1.0 / step
+    others = np.zeros(width ** (k - 1))
+    number = 1
+    for part in range(k - 1):
+        for at in range(number - 1, -1, -1):  # from the end: each makes room for its own
+            before = others[at]
+            for c in range(width):
+                others[at * width + c] = before + levels[part, c]
+        number *= width
+    for i in range(len(weights)):
+        least[i] = np.inf
+        found[i] = 0.0
+    for at in range(number):
+        base, first = others[at] + last[0], np.float64(at * width)
+        for i in range(len(weights)):
+            left = (weights[i] - base) * inverse
+            code = min(max(np.rint(left), 0.0), top)
+            left -= code
+            cost = left * left
+            nearer = cost < least[i]
+            least[i] = cost if nearer else least[i]
+            found[i] = first + code if nearer else found[i]
+    for i in range(len(weights)):
+        places[i] = np.uint64(found[i])
 
 
 @compiled
@@ -232,8 +287,8 @@ def _round_block(block: Array, kind: int) -> None:
 
 
 @compiled
-def _may_hold(digits: Array, table: Array, pins: Array, either: bool, held: Array, able: Array) -> int:
-    """Mark the sums that have the level of a missing pin, and count the pins that are missing."""
+def _may_hold(table: Array, pins: Array, either: bool, held: Array, able: Array) -> int:
+    """Mark the codes [k, c] that have the level of a missing pin, and count the pins that are missing."""
     able[:] = False
     missing = 0
     for j in range(len(pins)):
@@ -242,8 +297,8 @@ def _may_hold(digits: Array, table: Array, pins: Array, either: bool, held: Arra
             if taken or held[j, p] >= 0 or np.isnan(pins[j, p, 0]):
                 continue
             missing += 1
-            for s in range(len(digits)):
-                able[s] |= table[0, j, digits[s, j]] == pins[j, p, 1]
+            for c in range(able.shape[1]):
+                able[j, c] |= table[0, j, c] == pins[j, p, 1]
     return missing
 
 
@@ -259,27 +314,25 @@ def realise_span(
     kind: int,
     out: Array,
     held: Array,
+    taken: Array,
 ) -> None:
     """Parts out [k, n] of `values` [n], and for each pin the first value that can hold it at no cost.
 
-    `choice` [n] are places of sums, or is empty: then the nearest sums are taken. `pins` [k, p, 2]: value and
-    level of every end that has to occur, NaN where there is none; held [k, p]: which value holds it, -1 where
-    none can.
+    `choice` [n] are places of sums, or is empty: then the nearest sums are taken. `digits` [L, k] are the codes of the
+    sums, in the order of the `middles` between them, or, where there are no middles, of `digits_in_order`. `pins`
+    [k, p, 2]: value and level of every end that has to occur, NaN where there is none; held [k, p]: which value holds
+    it, -1 where none can. Writes the sums that were taken to `taken` [n], unless it is empty.
     """
-    k, number = len(pins), len(digits)
+    k = len(pins)
     padded = halving(middles)
-    lines = np.empty((3, k, number))
-    for j in range(k):
-        for s in range(number):
-            for row in range(3):
-                lines[row, j, s] = table[row, j, digits[s, j]]
-    able = np.zeros(number, np.bool_)
+    able = np.zeros((k, table.shape[2]), np.bool_)
     held[:] = -1
-    missing = _may_hold(digits, table, pins, either, held, able)
+    missing = _may_hold(table, pins, either, held, able)
     limit, eps = most(kind), eps_of(kind)
     room = min(_BLOCK, len(values))
     weights, places, sure = np.empty(room), np.empty(room, np.uint64), np.empty(room, np.bool_)
     errors, totals, parts, part = np.empty(room), np.empty(room), np.empty((k, room)), np.empty(k)
+    codes = np.empty((k, room), np.uint64)
     for start in range(0, len(values), room):
         n = min(room, len(values) - start)
         weight, place, error, total = weights[:n], places[:n], errors[:n], totals[:n]
@@ -288,18 +341,25 @@ def realise_span(
         if len(choice):
             for i in range(n):
                 place[i] = choice[start + i]
-        else:
+        elif len(middles):
             nearest_sums(weight, padded, place)
+        else:
+            nearest_unsorted(weight, table[0], place, error, total)
         # As `spread` and `complete_one`, for all values of the block; these take over where this is not exact.
-        error[:] = weight
+        total[:] = 0.0
         for j in range(k):
-            level = lines[0, j]
+            level, code = table[0, j], codes[j, :n]
             for i in range(n):
-                error[i] -= level[place[i]]
+                code[i] = digits[place[i], j]
+                total[i] += level[code[i]]
+        for i in range(n):
+            error[i] = weight[i] - total[i]
+        for i in range(n if len(taken) else 0):
+            taken[start + i] = total[i]
         for j in range(k - 1, -1, -1):
-            level, low, high, moved = lines[0, j], lines[1, j], lines[2, j], parts[j, :n]
+            level, low, high, moved, code = table[0, j], table[1, j], table[2, j], parts[j, :n], codes[j, :n]
             for i in range(n):
-                at = place[i]
+                at = code[i]
                 here = level[at]
                 inside = max(here + error[i], low[at])
                 inside = min(inside, high[at])
@@ -332,7 +392,12 @@ def realise_span(
             complete_one(weight[i], part, kind)
             parts[:, i] = part
         for i in range(n if missing else 0):
-            if not able[place[i]]:
+            if not missing:
+                break
+            may = False
+            for j in range(k):
+                may |= able[j, codes[j, i]]
+            if not may:
                 continue
             pinned, pin = _free_pin(weight[i], digits[place[i]], table, pins, either, held)
             if pinned >= 0:
@@ -341,7 +406,7 @@ def realise_span(
                 spread(weight[i] - part[pinned], digits[place[i]], table, pinned, part)
                 complete_one(weight[i], part, kind)
                 parts[:, i] = part
-                missing = _may_hold(digits, table, pins, either, held, able)
+                missing = _may_hold(table, pins, either, held, able)
         for j in range(k):
             made, to = parts[j], out[j]
             for i in range(n):
@@ -374,11 +439,20 @@ def _candidates(values: Array) -> Array:
 
 @compiled
 def force_pins(
-    values: Array, sums: Array, middles: Array, table: Array, pins: Array, either: bool, kind: int, held: Array
+    values: Array,
+    sums: Array,
+    middles: Array,
+    taken: Array,
+    table: Array,
+    pins: Array,
+    either: bool,
+    kind: int,
+    held: Array,
 ) -> tuple[Array, Array]:
     """Let the cheapest values hold the pins that none holds, changing held [k, p].
 
-    Returns the places [m] of the values that do, and their parts [k, m]; the later of two for a place counts.
+    `taken` [n]: the sums nearest to the values, or empty: then they are looked up. Returns the places [m] of the values
+    that do, and their parts [k, m]; the later of two for a place counts.
     """
     k, most_pins, width = pins.shape[0], pins.shape[1], table.shape[2]
     places = np.empty(0, np.int64)
@@ -402,7 +476,7 @@ def force_pins(
                         if (held == i).any() != (push == 1):
                             continue
                         weight = np.float64(values[i])
-                        now = sums[np.searchsorted(middles, weight)]
+                        now = taken[i] if len(taken) else sums[np.searchsorted(middles, weight)]
                         cost, combination = cheapest_with(value, level, others, weight, now, now - weight, 1.0)
                         if cost < best:
                             best, where, which = cost, int(i), combination
@@ -451,18 +525,26 @@ def realise_groups(
 
     `choice` [groups, n] are places of sums; with no groups in it the nearest are taken.
     """
-    held = np.empty((shapes.shape[1], ends.shape[1]), np.int64)
-    nearest = np.empty(0, np.int64)
+    k, width = shapes.shape[1], codes.shape[1]
+    held = np.empty((k, ends.shape[1]), np.int64)
+    nearest, nothing = np.empty(0, np.int64), np.empty(0)
+    short = len(choice) == 0 and values.shape[1] <= SHORT * width
+    in_order = digits_in_order(width, k) if short else np.empty((0, k), np.int64)
+    taken = np.empty(values.shape[1] if short else 0)
     for group in range(len(values)):
         if scales[group, 0] == 0:
             out[:, group] = 0.0
             continue
-        sums, middles, digits, table = tabulate(codes, spans, shapes[group], scales[group])
+        if short:
+            sums, middles, digits = nothing, nothing, in_order
+            table = table_of(codes, spans, shapes[group], scales[group])
+        else:
+            sums, middles, digits, table = tabulate(codes, spans, shapes[group], scales[group])
         pins = pins_of(ends, shapes[group], scales[group])
         row = out[:, group]
         chosen = choice[group] if len(choice) else nearest
-        realise_span(values[group], chosen, middles, digits, table, pins, either, kind, row, held)
-        index, changed = force_pins(values[group], sums, middles, table, pins, either, kind, held)
+        realise_span(values[group], chosen, middles, digits, table, pins, either, kind, row, held, taken)
+        index, changed = force_pins(values[group], sums, middles, taken, table, pins, either, kind, held)
         for change in range(len(index)):
             row[:, index[change]] = changed[:, change]
 

@@ -23,9 +23,11 @@ from splitquant_plugins.splitters._sum_parts import (
     FLOAT16,
     FLOAT32,
     complete_one,
+    digits_in_order,
     force_pins,
     halving,
     nearest_sums,
+    nearest_unsorted,
     pins_of,
     rounded,
     tabulate,
@@ -109,6 +111,22 @@ def test_the_nearest_sum_is_looked_up(weight: float, sums: list[float]) -> None:
 
 
 @settings(deadline=None)
+@given(weights=numbers, scale=scales, width=st.integers(1, 5), repeated=st.booleans())
+def test_the_nearest_sum_is_found_unsorted(
+    weights: list[float], scale: list[float], width: int, repeated: bool
+) -> None:
+    codes = np.arange(-1.0, width - 1)
+    codes[-1] -= repeated and width > 2  # as shapes of fewer codes have them
+    table, weight = np.outer(scale, codes), np.array(weights)
+    places = np.empty(len(weight), np.uint64)
+    nearest_unsorted(weight, table, places, *np.empty((2, len(weight))))
+    taken = table[np.arange(len(scale)), digits_in_order(width, len(scale))[places.astype(int)]].sum(axis=1)
+    lines = np.array([sum(one) for one in itertools.product(*table)])
+    least = np.abs(weight[:, None] - lines).min(axis=1)
+    np.testing.assert_allclose(np.abs(weight - taken), least, rtol=1e-9, atol=1e-12)
+
+
+@settings(deadline=None)
 @given(value=st.floats(-1e38, 1e38) | st.floats(-1, 1) | st.floats(-1e-6, 1e-6) | st.floats(-1e-38, 1e-38))
 @pytest.mark.parametrize("kind", KINDS)
 def test_rounding_to_a_dtype_is_nearest(kind: int, value: float) -> None:
@@ -170,7 +188,8 @@ def test_forced_pins_take_different_weights() -> None:
     sums, middles, _, table = tabulate(rules.codes, rules.spans, books.shape[0], books.scale[0])
     pins = pins_of(rules.pins, books.shape[0], books.scale[0])
     held = np.full(pins.shape[:2], -1)
-    index, changed = force_pins(weight[0].numpy(), sums, middles, table, pins, rules.either, FLOAT32, held)
+    looked_up = np.empty(0)
+    index, changed = force_pins(weight[0].numpy(), sums, middles, looked_up, table, pins, rules.either, FLOAT32, held)
     wanted = ~np.isnan(pins[:, :, 0])
     assert len(set(held[wanted])) == wanted.sum() > 3
     for j, p in np.argwhere(wanted):
