@@ -20,9 +20,10 @@ from _models import bert_tiny
 
 from splitquant_plugins import SplitQuantPass
 from splitquant_plugins.backends import WeightRequest, run_of
-from splitquant_plugins.evaluation.compare import Subject, load_subject
-from splitquant_plugins.evaluation.metrics import accuracy, linear_weights, logits_of, ratio_db
+from splitquant_plugins.evaluation.compare import load_subject
+from splitquant_plugins.evaluation.metrics import linear_weights, ratio_db
 from splitquant_plugins.evaluation.simulated_backend import SimulatedBackend
+from splitquant_plugins.evaluation.subject import Subject
 from splitquant_plugins.grid import UniformGrid
 from splitquant_plugins.splitters._bound import additive_bound
 
@@ -103,7 +104,7 @@ def _noise(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float
 
 
 def _accuracy(model: nn.Module, subject: Subject) -> float:
-    return accuracy(logits_of(run_of(model), subject.batches), subject.data.labels)
+    return float(subject.measure(run_of(model))["accuracy"])
 
 
 if __name__ == "__main__":
@@ -124,5 +125,5 @@ if __name__ == "__main__":
     else:
         chosen = load_subject(arguments.model, arguments.data, arguments.limit)
         numbers = [int(number) for number in arguments.parts.split(",")]
-        title = f"INT2 on restricted grids, n = {len(chosen.data.labels)}, float {_accuracy(chosen.model, chosen):.4f}"
+        title = f"INT2 on restricted grids, n = {chosen.examples.count}, float {_accuracy(chosen.model, chosen):.4f}"
         report(title, run(chosen.model, chosen, numbers), arguments.json)

@@ -8,7 +8,8 @@ import pytest
 from assets import locate
 
 from splitquant_plugins.errors import SplitQuantError
-from splitquant_plugins.evaluation.compare import Subject, load_subject
+from splitquant_plugins.evaluation.compare import load_subject
+from splitquant_plugins.evaluation.subject import Subject
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from splitquant_plugins.backends import WeightRequest
-from splitquant_plugins.evaluation.compare import Subject, plan_runs, row_of
+from splitquant_plugins.evaluation.compare import plan_runs, row_of
+from splitquant_plugins.evaluation.subject import Subject
 from splitquant_plugins.plugins import Plugins
 
 REFERENCE = json.loads(Path(__file__).with_name("reference.json").read_text("utf-8"))

@@ -15,7 +15,7 @@ from torch import nn
 
 from splitquant_plugins.checkpoints.coverage import note_quantized
 from splitquant_plugins.checkpoints.tensors import state_bytes
-from splitquant_plugins.errors import ConfigError, MissingExtraError
+from splitquant_plugins.errors import ConfigError, InputError, MissingExtraError
 from splitquant_plugins.manifest import Manifest, manifest_of
 
 if TYPE_CHECKING:
@@ -83,9 +83,10 @@ class StoredWeight:
 class QuantizedModel:
     """A quantized model, ready to run.
 
-    `run` maps a batch of tokenizer outputs to logits [batch, labels]. `layers` holds, by the name of the float
-    layer, the stored weights whose sum takes its place: one, or one per part. `state_bytes` is the size of the
-    whole model as it is saved, `seconds` the time that all of it took, the passes in front included.
+    `run` maps a batch of inputs by name to logits [batch, labels], or what else the model returns first. `layers`
+    holds, by the name of the float layer, the stored weights whose sum takes its place: one, or one per part.
+    `state_bytes` is the size of the whole model as it is saved, `seconds` the time that all of it took, the passes in
+    front included.
     """
 
     model: nn.Module
@@ -128,13 +129,19 @@ class Program:
 
 
 def run_of(model: nn.Module) -> Callable[[Batch], Tensor]:
-    """Return what maps a batch to the logits of a transformers classifier, or of a model that returns them alone."""
+    """Return what maps a batch to the logits of a transformers model, or to the first tensor that a model returns."""
 
     @torch.no_grad()
     def run(batch: Batch) -> Tensor:
         output = model(**batch)
-        logits: Tensor = output.logits if hasattr(output, "logits") else output
-        return logits
+        found = getattr(output, "logits", output)
+        if isinstance(found, Mapping):
+            found = tuple(found.values())
+        while isinstance(found, (tuple, list)) and found:
+            found = found[0]
+        if not isinstance(found, torch.Tensor):
+            raise InputError(f"{type(model).__name__} returns a {type(output).__name__}, and no tensor first")
+        return found
 
     return run
 
@@ -330,10 +337,12 @@ class Backend(ABC):
         chosen: WeightFormat,
         first: ModelPass | None = None,
         batches: Iterable[Batch] = (),
+        ignore: Sequence[str] | None = None,
     ) -> QuantizedModel:
         """Quantize a float model, running the pass `first` in front; the model may be changed in place.
 
-        `batches` are a few example inputs, for backends that trace the model.
+        `batches` are a few example inputs, for backends that trace the model. `ignore` are names of layers that stay
+        float and whole; None is the backend's own choice, and () is none.
         """
 
     def save(self, quantized: QuantizedModel, folder: Path) -> None:

@@ -321,3 +321,112 @@ DAMAGES = (_drop, _double, *map(_put, RETYPED), *map(_put, HUGE))
 @pytest.fixture
 def linear_plan() -> Callable[[Tensor], LayerPlan]:
     return lambda weight: LayerPlan("linear", weight, None)
+
+
+@pytest.fixture
+def language_model(tmp_path: Path) -> Callable[..., Path]:
+    """The maker of a small causal language model's folder, with a tokenizer of the words w0 to w119."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+
+    def make(name: str = "language", *, tied: bool = False, **options: Any) -> Path:
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.LlamaConfig(
+            **{**sizes, "vocab_size": 120, "max_position_embeddings": 16, "tie_word_embeddings": tied, **options}
+        )
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+        words = {f"w{number}": number for number in range(120)}
+        inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        transformers.PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    """A text file of documents of 3 to 40 tokens, one in each line."""
+    path = tmp_path / "documents.txt"
+    lines = [" ".join(f"w{(7 * place + row) % 110}" for place in range(3 + row * 37 // 5)) for row in range(6)]
+    path.write_text("\n".join(lines) + "\n\n")
+    return path
+
+
+MODULE_FILE = """
+from __future__ import annotations
+from dataclasses import dataclass
+import torch
+from torch import nn
+
+@dataclass
+class Sizes:
+    inputs: int = 3
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(Sizes().inputs, 8, 3, padding=1)
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.linear(self.conv(x).relu().mean(dim=(2, 3)))
+
+calls = 0
+
+def load():
+    torch.manual_seed(0)
+    return Net()
+
+def inputs():
+    return torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+def test():
+    return inputs(), load().eval()(inputs()).argmax(-1)
+
+def by_name():
+    return {"x": inputs()}, list(range(4)) * 5
+
+def counts():
+    global calls
+    calls += 1
+    return torch.zeros(calls, 3, 8, 8)
+
+def few_labels():
+    return inputs(), [0, 1]
+
+def high_labels():
+    return inputs(), [9] * 20
+
+def float_labels():
+    return inputs(), [0.5] * 20
+
+def two_inputs():
+    return (inputs(), inputs()), [0] * 20
+
+def uneven():
+    return {"x": inputs(), "y": inputs()[:3]}, None
+
+def empty():
+    return inputs()[:0], None
+
+def text():
+    return "no tensors"
+
+def wrong_size():
+    return inputs()[:, :2]
+
+def broken():
+    raise RuntimeError("no data here")
+
+def leaves():
+    raise SystemExit(3)
+"""
+
+
+@pytest.fixture
+def module_file(tmp_path: Path) -> Path:
+    """A Python file with a module and data for it, some of them wrong."""
+    path = tmp_path / "net.py"
+    path.write_text(MODULE_FILE)
+    return path

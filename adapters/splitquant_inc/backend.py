@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -86,10 +87,12 @@ class IncBackend(Backend):
         chosen: WeightFormat,
         first: ModelPass | None = None,
         batches: Iterable[Batch] = (),
+        ignore: Sequence[str] | None = None,
     ) -> QuantizedModel:
         """Quantize in place with `first + RTNConfig(...)`, HQQConfig or GPTQConfig.
 
-        Only GPTQ uses the batches. HQQ's zero points are not quantized.
+        Where `ignore` is None, INC leaves the head of a language model float. Only GPTQ uses the batches. HQQ's zero
+        points are not quantized.
         """
         _import_in_order()
         from neural_compressor.torch.quantization import convert, prepare
@@ -101,6 +104,8 @@ class IncBackend(Backend):
 
         transposed = {name for name, module in model.named_modules() if is_transformers_conv1d(module)}
         recipe = _recipe(chosen, model)
+        if ignore is not None:
+            _leave_float(recipe, ignore, model)
 
         def work() -> nn.Module:
             if first is None and chosen.method == ROUND_TO_NEAREST:
@@ -121,6 +126,14 @@ class IncBackend(Backend):
         if not quantized.layers:
             raise InputError(_nothing(quantized.model))
         return quantized
+
+
+def _leave_float(recipe: Any, names: Sequence[str], model: nn.Module) -> None:
+    """Leave the layers of those names float, and no others."""
+    # INC copies the weight of a tied head by these keys, and fails on a model that has none.
+    recipe.quant_lm_head = not names and bool(getattr(model, "_tied_weights_keys", None))
+    for name in names:
+        recipe.set_local(f"{re.escape(name)}$", type(recipe)(dtype="fp32"))
 
 
 def _import_in_order() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, cast
@@ -22,7 +23,7 @@ from splitquant_plugins.backends import (
     quantized_by,
     run_of,
 )
-from splitquant_plugins.errors import InputError
+from splitquant_plugins.errors import InputError, first_line
 from splitquant_plugins.grid import Grid
 from splitquant_plugins.manifest import ATTRIBUTE, manifest_of
 from splitquant_plugins.modules import layer_of_part
@@ -74,21 +75,24 @@ class Pt2eBackend(Backend):
         chosen: WeightFormat,
         first: ModelPass | None = None,
         batches: Iterable[Batch] = (),
+        ignore: Sequence[str] | None = None,
     ) -> QuantizedModel:
-        """Export the model with a free batch size and sequence length, and quantize the graph.
+        """Export the model with a free batch size, and sequence length of token ids, and quantize the graph.
 
         The first of `batches` is the example that the model is traced with. A stock quantizer calibrates with all.
         """
         from splitquant_pt2e.compat import convert_pt2e, prepare_pt2e
         from splitquant_pt2e.layers import NAME, stamp_names
+        from splitquant_pt2e.left_float import leaving_float
         from splitquant_pt2e.quiet import quiet
         from splitquant_pt2e.stored_layers import stored_weights
 
         given = list(batches) if chosen.quantizer is not None else []
         example = next(iter(given or batches), None)
         if example is None:
-            raise InputError("backend pt2e traces the model: give an example batch of its inputs")
+            raise InputError("backend pt2e traces the model: give an example batch of its inputs, as --calibration")
         example = _at_least_two(example)
+        whole_layers = [glob.escape(name) for name in ignore or ()]
 
         def work() -> nn.Module:
             # A stock quantizer's grids are known once it has annotated the graph.
@@ -96,7 +100,7 @@ class Pt2eBackend(Backend):
             before = None if on_graph else first
             # A pass that needs modules runs before the export.
             whole = model.eval()
-            exported = whole if before is None else before.apply(whole, grid=self.grid(chosen))
+            exported = whole if before is None else before.apply(whole, grid=self.grid(chosen), ignore=whole_layers)
             owners = layer_of_part(exported)
             graph = export(exported.eval(), example, strict=_is_strict(chosen))
             stamp_names(graph)
@@ -105,7 +109,7 @@ class Pt2eBackend(Backend):
                     node.meta[NAME] = owners[node.meta[NAME]]
             if before is not None:
                 graph.meta[ATTRIBUTE] = manifest_of(exported)
-            quantizer = _quantizer(chosen)
+            quantizer = leaving_float(_quantizer(chosen), ignore or ())
             with torch.no_grad(), quiet() if chosen.quantizer is not None else nullcontext():
                 prepared = prepare_pt2e(graph, quantizer if first is None or before is not None else first + quantizer)
                 prepared(**example)  # the observers see the weights in a forward
@@ -138,16 +142,32 @@ class Pt2eBackend(Backend):
 
 
 def export(model: nn.Module, example: Batch, *, strict: bool = False) -> GraphModule:
-    """Export a model that takes tensors [batch, sequence] by name, with both sizes free; `strict` has no guards."""
+    """Export a model that takes tensors by name, with the batch size free; `strict` has no guards.
+
+    The length of token ids and masks, [batch, sequence], is free as well where the model allows that. Raises InputError
+    for a model that cannot be exported.
+    """
     config = getattr(model, "config", None)
     if getattr(config, "use_cache", False):  # a cache of keys and values is no tensor that a graph could return
         config.use_cache = False  # type: ignore[union-attr]
-    free = torch.export.Dim.DYNAMIC
-    shapes = {name: dict.fromkeys(range(min(tensor.ndim, 2)), free) for name, tensor in example.items()}
-    with torch.no_grad():
-        exported = torch.export.export(model, (), kwargs=dict(example), dynamic_shapes=shapes, strict=strict)
+    shapes = {name: _free(tensor) for name, tensor in example.items()}
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(model, (), kwargs=dict(example), dynamic_shapes=shapes, strict=strict)
+    except Exception as error:  # whatever torch.export makes of a model, which may be anybody's
+        raise InputError(
+            f"{type(model).__name__} cannot be exported with a free batch size, as backend pt2e does it "
+            f"({type(error).__name__}: {first_line(error)}); choose another backend"
+        ) from error
     graph: Any = exported.module(check_guards=False) if strict else exported.module()
     return cast(GraphModule, graph)
+
+
+def _free(tensor: Tensor) -> dict[int, Any]:
+    """Which sizes of an input are free."""
+    dim = torch.export.Dim
+    lengths = {1: dim.AUTO} if tensor.ndim > 1 and not tensor.is_floating_point() else {}
+    return {0: dim.DYNAMIC, **lengths}
 
 
 def _is_strict(chosen: WeightFormat) -> bool:

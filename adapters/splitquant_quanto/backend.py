@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import glob
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from torch import nn
@@ -71,12 +72,14 @@ class QuantoBackend(Backend):
         chosen: WeightFormat,
         first: ModelPass | None = None,
         batches: Iterable[Batch] = (),
+        ignore: Sequence[str] | None = None,
     ) -> QuantizedModel:
         """Quantize and freeze in place; no example inputs are needed."""
         from splitquant_quanto.quantization import quantize_after
         from splitquant_quanto.stored_layers import stored_layers
 
         def work() -> nn.Module:
-            return quantize_after(first, model, chosen.weights, method=chosen.method)
+            whole = [glob.escape(name) for name in ignore or ()]
+            return quantize_after(first, model, chosen.weights, ignore=whole, method=chosen.method)
 
         return quantized_by(work, first, layers=stored_layers)

@@ -104,6 +104,15 @@ def note_quantized(manifest: Manifest, quantized: Collection[str]) -> None:
         manifest.coverage = coverage(known._tensors, quantized, manifest)
 
 
+def with_reasons(found: Coverage, reasons: Mapping[str, str]) -> Coverage:
+    """Return the same with the reasons of the layers of those names, where they stay float."""
+    records = [
+        each.model_copy(update={"reason": reasons.get(each.tensor.rpartition(".")[0], each.reason)})
+        for each in found.left_float
+    ]
+    return found.model_copy(update={"left_float": records})
+
+
 def why(tensor: FloatTensor, reasons: Mapping[str, str]) -> str:
     """Why a tensor stays float."""
     if tensor.is_embedding:

@@ -12,7 +12,7 @@ from torch import nn
 from splitquant_plugins.checkpoints.files import read_json, write_json
 from splitquant_plugins.checkpoints.pretrained_config import plain_configuration
 from splitquant_plugins.checkpoints.source import SINGLE_FILE, Source, is_sharded
-from splitquant_plugins.errors import InputError, first_line, optional
+from splitquant_plugins.errors import InputError, MissingExtraError, first_line, optional
 
 
 def require_transformers() -> Any:
@@ -52,15 +52,11 @@ def forget_tied_embeddings(model: nn.Module) -> None:
         cast("Any", model).all_tied_weights_keys = {key: value for key, value in tied.items() if key in there}
 
 
-def load_classifier(model: str) -> tuple[nn.Module, Any]:
-    """Load a sequence classifier and its tokenizer from a folder or a Hub id, in evaluation mode.
-
-    Raises InputError, naming what is missing, where either cannot be loaded.
-    """
+def load_classifier(model: str) -> nn.Module:
+    """Load a sequence classifier from a folder or a Hub id, in evaluation mode; InputError where it cannot be."""
     transformers = require_transformers()
     _refuse_missing_folder(model)
-    loaded = _loaded_whole(transformers.AutoModelForSequenceClassification, model)
-    return loaded, load_tokenizer(model)
+    return _loaded_whole(transformers.AutoModelForSequenceClassification, model)
 
 
 def load_model(model: str) -> nn.Module:
@@ -156,8 +152,8 @@ def max_length_of(config: Any, limit: int = 512) -> int:
     return max(1, min(positions, limit))
 
 
-def load_tokenizer(model: str) -> Any:
-    """Load the tokenizer of a model; one without its vocabulary or without a padding token is refused."""
+def load_tokenizer(model: str, *, padding: bool = True) -> Any:
+    """Load the tokenizer of a model; one without its vocabulary or, with `padding`, a padding token is refused."""
     transformers = require_transformers()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(model)
@@ -165,12 +161,26 @@ def load_tokenizer(model: str) -> Any:
         raise InputError(f"cannot load the tokenizer of {model}: {first_line(error)}") from None
     if len(tokenizer) < 100:  # a vocabulary that was not found leaves only the special tokens
         raise InputError(f"the tokenizer of {model} knows only {len(tokenizer)} tokens; is vocab.txt there?")
-    if tokenizer.pad_token is None:
+    if padding and tokenizer.pad_token is None:
         raise InputError(
             f"the tokenizer of {model} has no padding token, and texts of several lengths cannot be put together: set "
             "pad_token in its tokenizer_config.json, and pad_token_id in config.json"
         )
     return tokenizer
+
+
+def load_image_processor(model: str) -> Any:
+    """Load what prepares pictures for a model."""
+    transformers = require_transformers()
+    optional("PIL", "pictures need pillow, imported as", "image")
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(model)
+    except ImportError as error:  # some are written for torchvision alone
+        raise MissingExtraError(
+            f"the image processor of {model} is missing something: {first_line(error)}; try pip install torchvision"
+        ) from None
+    except Exception as error:  # whatever transformers makes of a file that is not what it should be
+        raise InputError(f"cannot load the image processor of {model}: {first_line(error)}") from None
 
 
 def _refuse_missing_folder(model: str) -> None:

@@ -1,7 +1,8 @@
-"""`splitquant compare`: accuracy and sizes, plain against split, on the user's own model and data."""
+"""`splitquant compare`: quality and sizes, plain against split, on the user's own model and data."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from splitquant_plugins.cli.options import (
     CommaList,
     grid_options,
     json_option,
+    language_options,
     pass_options,
     quiet_libraries,
     refuse_inputs_as_output,
     split_options,
+    stride_option,
+    untied_for_head,
     weight_request,
 )
 from splitquant_plugins.cli.recipe_option import recipe_options
@@ -23,7 +27,12 @@ from splitquant_plugins.evaluation import tables as report
 
 @click.command()
 @click.argument("model")
-@click.option("--data", required=True, help="Hub id, folder, or csv with the columns text,label.")
+@click.option(
+    "--data",
+    required=True,
+    help="Texts and labels (csv or jsonl with text,label), documents (.txt, one in a line, or a column text), a folder "
+    "of class folders of pictures, a saved dataset, a Hub id; for a module FILE.py:FUNCTION.",
+)
 @click.option("--backend", "backends", type=CommaList(), default="quanto", show_default=True)
 @click.option("--weights", type=CommaList(), default="int2,int4,int8", show_default=True)
 @click.option(
@@ -58,6 +67,15 @@ from splitquant_plugins.evaluation import tables as report
     help="Exit status 1 where a split row (any row, if none is split) is below: accuracy or agreement in per cent, "
     "logit_sqnr_db or weight_sqnr_db. May be repeated.",
 )
+@click.option(
+    "--fail-above",
+    "upper",
+    multiple=True,
+    metavar="MEASURE=VALUE",
+    help="The same where a language model is above: perplexity, or kl in nats per token.",
+)
+@language_options
+@stride_option
 @grid_options
 @split_options
 @json_option
@@ -75,27 +93,36 @@ def compare(
     limit: int | None,
     equal_storage: bool,
     thresholds: tuple[str, ...],
+    upper: tuple[str, ...],
+    context: int | None,
+    stride: int | None,
+    head: bool,
     calibration: str | None,
     json_path: Path | None,
     decoupleq: dict[str, Any] | None,
     **shared: Any,
 ) -> int:
-    """Quantize MODEL, a classifier (Hub id or folder), in several ways and compare them on DATA.
+    """Quantize MODEL in several ways and compare them on DATA.
+
+    MODEL is a text classifier, a causal language model or an image classifier of transformers (Hub id or folder), or
+    FILE.py:FUNCTION: a function, which is called, that returns any torch.nn.Module. DATA for a module is a function
+    that returns inputs, or a pair of inputs and labels.
 
     Bits and bytes are what is really stored: three parts of 2 bits are 6 bits per weight.
     """
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
     from splitquant_plugins.backends import WeightRequest
     from splitquant_plugins.checkpoints.coverage import coverage_of, sentences
     from splitquant_plugins.evaluation import compare as comparison
     from splitquant_plugins.evaluation.choices import summary
-    from splitquant_plugins.evaluation.thresholds import failures, parse_thresholds
+    from splitquant_plugins.evaluation.subject import load_task_subject
+    from splitquant_plugins.evaluation.tasks.choose import task_of
+    from splitquant_plugins.evaluation.tasks.language_model import HEAD_REASON
+    from splitquant_plugins.evaluation.thresholds import failures, parse_thresholds, refuse_unmeasured
     from splitquant_plugins.plugins import Plugins
+    from splitquant_plugins.progress import estimating
 
     quiet_libraries()
-    gate = parse_thresholds(thresholds)
+    gate = parse_thresholds(thresholds, upper)
     if values is not None:
         click.echo("splitquant: warning: --values is called --method now; the old name goes away", err=True)
         methods = values
@@ -104,30 +131,22 @@ def compare(
     if quantizers is not None:
         _refuse_choices_of_weights()
         requests = [WeightRequest("", quantizer=name) for name in quantizers]
-    options = pass_options(**shared)
-    batches = None if calibration is None else comparison.calibration_batches(model, calibration)
+    options = untied_for_head(pass_options(**shared), head=head)
+    task = task_of(model, context=context, stride=stride, head=head)
+    refuse_unmeasured(gate, task.kind.name, task.kind.measures)
+    batches = None if calibration is None else task.calibration(calibration)
     plugins = Plugins.load()
     runs = comparison.plan_runs(plugins, backends, requests, splits, seeds, options, methods, batches, decoupleq)
     if equal_storage:
         runs += comparison.equal_storage_runs(plugins, runs)
-    rows: list[dict[str, Any]] = []
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("loading", total=None)
-        subject = comparison.load_subject(model, data, limit)
-
-        def started(run: comparison.Run) -> None:
-            progress.update(task, description=f"{len(rows) + 1} of {len(runs)}: {run.title}")
-
-        for row in comparison.compare(subject, runs, started):
-            rows.append(row)
-    fp32 = report.percent(rows[0]["fp32_accuracy"])
-    title = f"{model} on {data}: n = {rows[0]['n']}, FP32 accuracy {fp32}"
-    shown = report.COMPARE_COLUMNS
+    with estimating(len(runs)) as (begin, part):
+        subject = load_task_subject(task, data, limit, part)
+        rows = list(comparison.compare(subject, runs, lambda run: begin(run.title), part))
+    report_title = f"{model} on {data}: {_measured_on(rows[0])}"
+    shown = report.compare_columns(task.kind.measures)
     if quantizers is not None:
         shown = (shown[0], ("quantizer", "quantizer", report.text), *shown[1:])
-    report.print_table(title, rows, shown)
+    report.print_table(report_title, rows, shown)
     for row in rows:
         if row["choices"]:
             click.echo(f"{row['backend']} {row['weights']} {row['split']}: {summary(row['choices'])}")
@@ -136,11 +155,23 @@ def compare(
     click.echo(f"{least['backend']} {least['weights']} {least['split']}:")
     for line in sentences(coverage_of(least)):
         click.echo(line)
+    for name in least["ignored"]:
+        click.echo(f"{name} stays float: {HEAD_REASON}")
     report.write_rows(json_path, rows)
     below = failures(gate, rows)
     for line in below:
         click.echo(f"splitquant: {line}", err=True)
     return 1 if below else 0
+
+
+def _measured_on(row: Mapping[str, Any]) -> str:
+    """What the float model was measured on, and how good it is."""
+    count = f"n = {row['n']}"
+    if row["tokens"] is not None:
+        return f"{count}, {row['tokens']:,} tokens, FP32 perplexity {row['fp32_perplexity']:.3f}"
+    if row["fp32_accuracy"] is None:
+        return f"{count}, without labels"
+    return f"{count}, FP32 accuracy {report.percent(row['fp32_accuracy'])}"
 
 
 def _refuse_choices_of_weights() -> None:

@@ -68,7 +68,7 @@ def demo(context: click.Context, seed: int, quick: bool, picture: Path, json_pat
     quiet_libraries()
     sizes = QUICK if quick else FULL
     with one_thread():
-        subject = train_subject(seed, **sizes, progress=True)
+        subject, data = train_subject(seed, **sizes, progress=True)
     with one_thread(), torch.no_grad():
         found = [row for run in track(runs, "quantizing", enabled=True) for row in compare(subject, [run])]
     versions = {name: version_of(name) for name in PACKAGES}
@@ -83,7 +83,7 @@ def demo(context: click.Context, seed: int, quick: bool, picture: Path, json_pat
         f"A BERT-Tiny, trained from scratch in {sizes['steps']} steps on {sizes['train_rows']} generated notes, says "
         f"which of {len(LABELS)} departments a note should go to. For example:"
     )
-    for text, label in list(zip(subject.data.texts, subject.data.labels, strict=True))[:3]:
+    for text, label in list(zip(data.texts, data.labels, strict=True))[:3]:
         console.print(f"  {LABELS[label]:>10} | {text}", markup=False)
     console.print(
         f"FP32: accuracy {report.percent(fp32)} on n = {n} unseen notes, seed {seed}; {number:,} Linear weights in "

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import glob
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from splitquant_plugins.cli.options import json_option, pass_options, quiet_libraries, refuse_inputs_as_output
+from splitquant_plugins.cli.options import (
+    json_option,
+    pass_options,
+    quiet_libraries,
+    refuse_inputs_as_output,
+    untied_for_head,
+)
 from splitquant_plugins.evaluation import tables as report
 
 if TYPE_CHECKING:
@@ -47,6 +54,7 @@ CURVE_COLUMNS: tuple[report.Column, ...] = (
 @click.option("--k", type=int, default=3, show_default=True, help="Parts per layer.")
 @click.option("--bits", type=click.IntRange(2, 8), default=2, show_default=True, help="Bits of the grid.")
 @click.option("--layer", "patterns", multiple=True, metavar="PATTERN", help="Only layers of such names; * for any.")
+@click.option("--head", is_flag=True, help="Inspect the head of a language model too.")
 @click.option("-O", "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Further options of SplitQuantPass.")
 @click.option(
     "--picture",
@@ -72,13 +80,14 @@ def inspect(
     k: int,
     bits: int,
     patterns: tuple[str, ...],
+    head: bool,
     extra: tuple[str, ...],
     picture: Path | None,
     curve: bool,
     granularity: Literal["tensor", "channel"],
     json_path: Path | None,
 ) -> None:
-    """Show, for each layer of MODEL (Hub id or folder), what a split would bring and cost.
+    """Show, for each layer of MODEL (Hub id, folder or FILE.py:FUNCTION), what a split would bring and cost.
 
     Range and outliers are of the weight; an outlier lies more than 3 interquartile ranges below the first or
     above the third quartile. S is the paper's scaling factor (2^b - 1)/(max - min), of the whole weight and of
@@ -86,9 +95,10 @@ def inspect(
     many bits, per tensor and per output channel. Bits per weight count codes, scales and zero points, per channel.
     Nothing is written to MODEL.
     """
-    from splitquant_plugins.checkpoints.transformers_models import load_model
     from splitquant_plugins.errors import InputError
     from splitquant_plugins.evaluation import pictures
+    from splitquant_plugins.evaluation.tasks.choose import task_of
+    from splitquant_plugins.evaluation.tasks.language_model import HEAD_REASON
     from splitquant_plugins.grid import UniformGrid
     from splitquant_plugins.manifest import FILE_NAME
     from splitquant_plugins.passes.splitquant import SplitQuantPass
@@ -101,20 +111,24 @@ def inspect(
         refuse_inputs_as_output(picture if picture.suffix else None, model)
         pictures.require_matplotlib()
     plugins = context.find_object(Plugins) or Plugins.load()
-    options = {"include": patterns, **pass_options(k=k, extra=extra)}
+    options = {"include": patterns, **untied_for_head(pass_options(k=k, extra=extra), head=head)}
     split_pass = SplitQuantPass(splitter=splitter, plugins=plugins, **options)
     if (Path(model) / FILE_NAME).is_file():
         raise InputError(f"{model} was split before; inspect the float model that it was made from")
-    loaded = load_model(model)
-    layers = list(inspections(loaded, split_pass, bits))
+    task = task_of(model, head=head)
+    loaded = task.load_model()
+    ignored = task.stays_float(loaded) or ()
+    layers = list(inspections(loaded, split_pass, bits, ignored))
     title = f"{model}: splitter {splitter}, k = {split_pass.config.k}, INT{bits}"
     rows = [row_of(layer, splitter, bits) for layer in layers]
     report.print_table(title, rows, COLUMNS)
     for layer in layers:
         if layer.reason:
             click.echo(f"{layer.layer} stays whole: {layer.reason}")
+    for name in ignored:
+        click.echo(f"{name} stays float: {HEAD_REASON}")
     if curve:
-        steps = curve_of(loaded, split_pass, UniformGrid(bits, granularity=granularity))
+        steps = curve_of(loaded, split_pass, UniformGrid(bits, granularity=granularity), ignored)
         report.print_table(f"budget: stored bits per weight, per {granularity}", steps, CURVE_COLUMNS)
     report.write_rows(json_path, rows)
     if picture is not None:
@@ -122,9 +136,11 @@ def inspect(
 
 
 def inspections(
-    model: nn.Module, split_pass: SplitQuantPass, bits: int, *, progress: bool = True
+    model: nn.Module, split_pass: SplitQuantPass, bits: int, ignored: Sequence[str] = (), *, progress: bool = True
 ) -> Iterator[Inspection]:
     """Prepare the model as the pass would, and inspect the layers that it would split, in order.
+
+    `ignored` are names of layers that stay float.
 
     Raises InputError where there is no such layer.
     """
@@ -139,7 +155,7 @@ def inspections(
 
     refuse_unfit_model(model)
     split_pass.plugins.prepare_model(model, split_pass.config)
-    selection = select_layers(model, split_pass.config, split_pass.plugins)
+    selection = select_layers(model, split_pass.config, split_pass.plugins, [glob.escape(name) for name in ignored])
     refuse_unfit_weights(selection.split)
     if not selection.split:
         raise InputError(f"{type(model).__name__} has no layer that the pass would split")
@@ -159,7 +175,9 @@ def inspections(
             )
 
 
-def curve_of(model: nn.Module, split_pass: SplitQuantPass, grid: Grid) -> list[dict[str, Any]]:
+def curve_of(
+    model: nn.Module, split_pass: SplitQuantPass, grid: Grid, ignored: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Return the points of the best trade-off, from unsplit to the least error; the model is prepared already.
 
     Each is a layer that gets more parts, with the stored bits per weight and the weight SQNR in decibels from
@@ -169,7 +187,8 @@ def curve_of(model: nn.Module, split_pass: SplitQuantPass, grid: Grid) -> list[d
     from splitquant_plugins.passes.budget import tradeoff
     from splitquant_plugins.passes.select import select_layers
 
-    layers = select_layers(model, split_pass.config, split_pass.plugins).split
+    whole = [glob.escape(name) for name in ignored]
+    layers = select_layers(model, split_pass.config, split_pass.plugins, whole).split
     weights = [layer.plan.weight.detach() for layer in layers]
     number = sum(weight.numel() for weight in weights)
     energy = sum(float(weight.double().square().sum()) for weight in weights)

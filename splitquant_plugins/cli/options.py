@@ -59,8 +59,11 @@ json_option = click.option(
 
 def refuse_inputs_as_output(path: Path | None, *inputs: str | Path | None) -> None:
     """Raise InputError where the file to be written is one of those that are read, or in such a folder."""
+    from splitquant_plugins.evaluation.python_functions import path_of
+
     if path is not None:
-        refuse_output_file(path, [each for each in inputs if each is not None and Path(each).exists()])
+        read = [path_of(str(each)) for each in inputs if each is not None]
+        refuse_output_file(path, [each for each in read if Path(each).exists()])
 
 
 def _all(*options: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,14 +87,34 @@ split_options = _all(
     click.option("--budget", type=float, help="Stored bits per weight; chooses the parts of each layer."),
     click.option(
         "--calibration",
-        type=click.Path(dir_okay=False),
-        help="csv with a column text, for what uses it; `self`: text that a language model writes itself.",
+        help="Data as --data takes them, labels not needed, for what uses it; `self`: text that a language model "
+        "writes itself.",
     ),
     click.option(
         "-O", "--option", "extra", multiple=True, metavar="NAME=VALUE", help="Further options of SplitQuantPass."
     ),
     click.option("--jobs", type=int, default=1, show_default=True, help="Layers split at once; -1: all cores."),
 )
+
+# Those of language models.
+language_options = _all(
+    click.option(
+        "--context",
+        type=click.IntRange(min=2),
+        help="Tokens that a language model sees at once.  [default: its positions, at most 2048]",
+    ),
+    click.option("--head", is_flag=True, help="Quantize the head of a language model too; one that is tied is untied."),
+)
+stride_option = click.option(
+    "--stride",
+    type=click.IntRange(min=1),
+    help="Tokens that each further window of a long document predicts.  [default: half the context]",
+)
+
+
+def untied_for_head(options: dict[str, Any], *, head: bool) -> dict[str, Any]:
+    """Return the options of the pass, which splits a tied head where it is asked for."""
+    return {"untie_embeddings": True, **options} if head else options
 
 
 def weight_request(

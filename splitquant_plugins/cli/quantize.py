@@ -10,10 +10,12 @@ import click
 from splitquant_plugins.cli.options import (
     grid_options,
     json_option,
+    language_options,
     pass_options,
     quiet_libraries,
     refuse_inputs_as_output,
     split_options,
+    untied_for_head,
     weight_request,
 )
 from splitquant_plugins.cli.recipe_option import recipe_options
@@ -39,6 +41,7 @@ from splitquant_plugins.evaluation import tables as report
 )
 @grid_options
 @split_options
+@language_options
 @click.option("--method", default="rtn", show_default=True, help="How values are chosen, as in compare.")
 @json_option
 @recipe_options(several=False)
@@ -51,26 +54,31 @@ def quantize(
     output: Path,
     stream: bool | None,
     scheduler: str | None,
+    context: int | None,
+    head: bool,
     calibration: str | None,
     method: str,
     json_path: Path | None,
     decoupleq: dict[str, Any] | None,
     **shared: Any,
 ) -> None:
-    """Split and quantize MODEL (Hub id or folder) and save it.
+    """Split and quantize MODEL (Hub id or folder, or FILE.py:FUNCTION that returns a module) and save it.
 
     transformers' `from_pretrained` loads what is saved, after `import splitquant_plugins`, and so does the backend's
-    adapter.
+    adapter. The head of a language model stays float, but in a checkpoint that is streamed.
     """
     from splitquant_plugins.backends import ROUND_TO_NEAREST
     from splitquant_plugins.checkpoints.coverage import coverage_of, sentences
-    from splitquant_plugins.evaluation.compare import DECOUPLEQ, calibration_batches
+    from splitquant_plugins.evaluation.compare import DECOUPLEQ
+    from splitquant_plugins.evaluation.tasks.choose import task_of
+    from splitquant_plugins.evaluation.tasks.language_model import HEAD_REASON
     from splitquant_plugins.plugins import Plugins
     from splitquant_plugins.streaming.quantize_model import quantize_model
 
     quiet_libraries()
     refuse_inputs_as_output(json_path, model, calibration)
-    options = {**pass_options(**shared), "seed": seed, "progress": True}
+    options = {**untied_for_head(pass_options(**shared), head=head), "seed": seed, "progress": True}
+    task = task_of(model, context=context, head=head)
     solved = decoupleq or {} if method == DECOUPLEQ else None
     row = quantize_model(
         Plugins.load(),
@@ -84,7 +92,8 @@ def quantize(
         scheduler,
         pretrained=True,
         decoupleq=solved,
-        calibration=None if calibration is None else calibration_batches(model, calibration),
+        calibration=None if calibration is None else task.calibration(calibration),
+        task=task,
     )
     columns = (
         ("layers_split", "layers split", report.text),
@@ -98,6 +107,8 @@ def quantize(
     report.print_table(f"{model} in {output}: {backend} {weights}, split {splitter}", [row], columns)
     for line in sentences(coverage_of(row)):
         click.echo(line)
-    if not row["tokenizer_files"]:
+    for name in row["ignored"]:
+        click.echo(f"{name} stays float: {HEAD_REASON}")
+    if not row["tokenizer_files"] and task.has_tokenizer:
         click.echo(f"{model} has no tokenizer files, and so {output} has none; the model itself is complete")
     report.write_rows(json_path, [row])

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _META = "splitquant.recipe"
 # Keys of a recipe that are options of the commands, and the options of SplitQuantPass that have one of their own.
-_PLAIN = ("granularity", "group_size", "scheme", "calibration")
+_PLAIN = ("granularity", "group_size", "scheme", "calibration", "context", "stride", "head")
 _OF_SPLIT = {"k": "k", "budget": "budget", "splitter": "splitter", "seed": "seed"}
 # Names of the same options in a command that compares several of each.
 _SEVERAL = {
@@ -43,13 +43,15 @@ def recipe_options(*, several: bool) -> Callable[[Callable[..., Any]], Callable[
             read: Recipe | None = context.meta.get(_META)
             if read is not None:
                 _refuse_lost_options(context)
+                _refuse_code(context, given)
             decoupleq = None if read is None else read.decoupleq
             if save_recipe is not None:
                 inputs = [given.get(name) for name in ("model", "data", "calibration")]
                 refuse_inputs_as_output(save_recipe, recipe, *inputs)
                 if save_recipe == given.get("json_path"):
                     raise ConfigError(f"--save-recipe and --json both write {save_recipe}: choose another name for one")
-                _save(save_recipe, given, decoupleq, several=several)
+                kept = {"stride": None if read is None else read.stride}  # of no use to a command without it
+                _save(save_recipe, {**kept, **given}, decoupleq, several=several)
             return command(*args, decoupleq=decoupleq, **given)
 
         run = click.option(
@@ -118,6 +120,21 @@ def _refuse_lost_options(context: click.Context) -> None:
         raise ConfigError("-O beside --recipe: write the option into the recipe, under split")
 
 
+def _refuse_code(context: click.Context, given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a Python file that a recipe alone names: what is run is named on the command line."""
+    from splitquant_plugins.evaluation.python_functions import split_function
+
+    code = split_function(given.get("calibration") or "")
+    if code is None or context.get_parameter_source("calibration") == click.core.ParameterSource.COMMANDLINE:
+        return
+    named = (split_function(given.get(name) or "") for name in ("model", "data"))
+    if not any(each is not None and each[0].resolve() == code[0].resolve() for each in named):
+        raise ConfigError(
+            f"the recipe names the Python file {code[0]}, and only files that the command line names are run: if you "
+            f"trust it, give --calibration {given['calibration']}"
+        )
+
+
 def _save(path: Path, given: Mapping[str, Any], decoupleq: dict[str, Any] | None, *, several: bool) -> None:
     """Write the options of one run; ConfigError where they are of several."""
     from splitquant_plugins.cli.options import pass_options
@@ -134,7 +151,7 @@ def _save(path: Path, given: Mapping[str, Any], decoupleq: dict[str, Any] | None
         "backend": _one("backend", known["backend"]),
         "weights": None if known.get("quantizer") else _one("weights", known["weights"]),
         "quantizer": _one("quantizer", known.get("quantizer")),
-        **{name: known[name] for name in _PLAIN},
+        **{name: known[name] or None for name in _PLAIN},
         "method": _one("method", methods),
         "split": UNSPLIT if splitter == UNSPLIT else {k: v for k, v in options.items() if (k, v) != ("seed", 0)},
         "decoupleq": decoupleq if decoupleq is not None or "decoupleq" not in known["method"] else {},

@@ -8,35 +8,29 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from torch import Tensor, nn
-
-from splitquant_plugins.backends import ROUND_TO_NEAREST, Backend, QuantizedModel, WeightFormat, WeightRequest, run_of
-from splitquant_plugins.checkpoints.coverage import coverage, float_tensors
-from splitquant_plugins.checkpoints.transformers_models import (
-    load_classifier,
-    load_config,
-    load_model,
-    load_tokenizer,
-    max_length_of,
-)
+from splitquant_plugins.backends import ROUND_TO_NEAREST, Backend, Batch, QuantizedModel, WeightFormat, WeightRequest
+from splitquant_plugins.checkpoints.coverage import coverage, float_tensors, with_reasons
 from splitquant_plugins.decoupleq.decoupleq_pass import DecoupleQPass
-from splitquant_plugins.errors import ConfigError, InputError, first_line
+from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.evaluation.choices import choices
 from splitquant_plugins.evaluation.disk_bits import bits_saved
-from splitquant_plugins.evaluation.metrics import Measures, accuracy, logits_of, measure, tokenize
+from splitquant_plugins.evaluation.metrics import WeightMeasures, measure_weights
 from splitquant_plugins.evaluation.peak_memory import PeakMemory
-from splitquant_plugins.evaluation.texts import LabelledTexts, load_texts, load_unlabelled
+from splitquant_plugins.evaluation.subject import Subject, Told, load_task_subject
+from splitquant_plugins.evaluation.tasks.choose import task_of
+from splitquant_plugins.evaluation.tasks.language_model import HEAD_REASON
 from splitquant_plugins.passes.base import ModelPass
-from splitquant_plugins.passes.self_calibration import self_calibration
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.plugins import Plugins
 
 UNSPLIT = "none"
 DECOUPLEQ = "decoupleq"
-CALIBRATION_TEXTS = 256
-OWN_TEXT = "self"
-_OWN_LENGTH = 256
-_NEEDS_CALIBRATION = "needs calibration data: give --calibration FILE, a csv with a column text, or --calibration self"
+# What outputs may be measured by, whatever the kind of model.
+MEASURES = ("accuracy", "agreement", "logit_sqnr_db", "perplexity", "kl", "tokens")
+_NEEDS_CALIBRATION = (
+    "needs calibration data: give --calibration FILE, data as --data takes them, or --calibration self for a language "
+    "model"
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Run:
     seed: int
     splitter: SplitQuantPass | None
     solver: DecoupleQPass | None = None
-    calibration: Sequence[dict[str, Tensor]] | None = field(default=None, repr=False)
+    calibration: Sequence[Batch] | None = field(default=None, repr=False)
 
     @property
     def method(self) -> str:
@@ -73,17 +67,6 @@ class Run:
         return f"{self.backend.name} {self.format.quantizer or self.format.weights} {self.split} {self.method}"
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A float classifier with tokenized data and its own logits."""
-
-    name: str
-    model: nn.Module
-    data: LabelledTexts
-    batches: list[dict[str, Tensor]]
-    logits: Tensor
-
-
 def plan_runs(
     plugins: Plugins,
     backends: Sequence[str],
@@ -92,7 +75,7 @@ def plan_runs(
     seeds: Sequence[int] = (0,),
     options: dict[str, Any] | None = None,
     methods: Sequence[str] = (ROUND_TO_NEAREST,),
-    calibration: Sequence[dict[str, Tensor]] | None = None,
+    calibration: Sequence[Batch] | None = None,
     solver_options: dict[str, Any] | None = None,
 ) -> list[Run]:
     """Check every choice before anything is loaded, and return the runs in the order of the table.
@@ -138,32 +121,6 @@ def plan_runs(
     ]
 
 
-def calibration_batches(model: str, source: str, limit: int = CALIBRATION_TEXTS) -> list[dict[str, Tensor]]:
-    """Tokenize the first texts of a csv for calibration; its labels, if any, are not read.
-
-    With the source `self` a causal language model writes as many sequences of its own.
-    """
-    if source == OWN_TEXT:
-        length = max_length_of(load_config(model), _OWN_LENGTH)
-        return self_calibration(load_model(model), sequences=limit, length=length)
-    texts = load_unlabelled(source, limit)
-    config = load_config(model)
-    batches = tokenize(load_tokenizer(model), texts, max_length_of(config), batch_size=32)
-    refuse_unknown_tokens(batches, getattr(config, "vocab_size", None), model)
-    return batches
-
-
-def refuse_unknown_tokens(batches: Sequence[dict[str, Tensor]], embedded: int | None, model: str) -> None:
-    """Raise InputError where a text holds a token that the model does not embed."""
-    for batch in batches:
-        highest = int(batch["input_ids"].max())
-        if embedded is not None and highest >= embedded:
-            raise InputError(
-                f"the tokenizer of {model} makes token {highest}, and the model embeds {embedded}: they are not of one "
-                "model, or the model's embedding was not resized"
-            )
-
-
 def equal_storage_runs(plugins: Plugins, runs: Sequence[Run]) -> list[Run]:
     """Return, for the split runs, plain ones of as many bits: k parts of b bits against one of k·b, at most 8.
 
@@ -183,50 +140,44 @@ def equal_storage_runs(plugins: Plugins, runs: Sequence[Run]) -> list[Run]:
 
 
 def load_subject(model: str, data: str, limit: int | None = None, *, by_length: bool = False) -> Subject:
-    """Load a classifier and data for it, and run the one over the other.
+    """Load a model of whatever kind and data for it, and run the one over the other.
 
-    `by_length` takes long texts first, so that batches hold little padding: the figures are the same but for rounding,
-    and sooner there. Batches are then no fair sample of the texts, should a backend calibrate with the first of them.
+    `by_length` is for text classifiers: see `TextClassification`.
     """
-    loaded, tokenizer = load_classifier(model)
-    config: Any = loaded.config
-    labels = {str(name): int(number) for number, name in config.id2label.items()}
-    texts = load_texts(data, labels, limit)
-    if by_length:
-        order = sorted(range(len(texts.texts)), key=lambda number: -len(texts.texts[number]))
-        texts = replace(texts, texts=[texts.texts[n] for n in order], labels=[texts.labels[n] for n in order])
-    batches = tokenize(tokenizer, texts.texts, max_length_of(config))
-    refuse_unknown_tokens(batches, getattr(config, "vocab_size", None), model)
-    try:
-        logits = logits_of(run_of(loaded), batches)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{model} cannot be run on {data}: {first_line(error)}") from None
-    return Subject(model, loaded, texts, batches, logits)
+    return load_task_subject(task_of(model, by_length=by_length), data, limit)
 
 
 def compare(
-    subject: Subject, runs: Sequence[Run], started: Callable[[Run], object] = lambda run: None
+    subject: Subject,
+    runs: Sequence[Run],
+    started: Callable[[Run], object] = lambda run: None,
+    told: Told = lambda part: None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one row for each run; `started` is called before it."""
+    """Yield one row for each run; `started` is called before it, `told` with the part of the data that it has seen."""
     for run in runs:
         started(run)
-        yield row_of(subject, run)
+        yield row_of(subject, run, told)
 
 
-def row_of(subject: Subject, run: Run) -> dict[str, Any]:
-    """Quantize a copy of the subject and measure it."""
+def row_of(subject: Subject, run: Run, told: Told = lambda part: None) -> dict[str, Any]:
+    """Quantize a copy of the subject and measure it. What does not apply to the subject's kind is None."""
     model = copy.deepcopy(subject.model)
     tensors = float_tensors(model)
+    batches = run.calibration or subject.examples.batches
+    kept = {} if subject.ignore is None else {"ignore": subject.ignore}
     with PeakMemory() as memory:
-        quantized = run.backend.quantize(model, run.format, run.first, run.calibration or subject.batches)
-    logits = logits_of(quantized.run, subject.batches)
+        quantized = run.backend.quantize(model, run.format, run.first, batches, **kept)
+    _refuse_quantized(subject, run, quantized)
+    figures = subject.measure(quantized.run, told)
     covered = quantized.manifest.coverage if quantized.manifest else None
     covered = covered or coverage(tensors, quantized.layers, quantized.manifest)
-    measures = measure(quantized, subject.model, subject.logits, logits, subject.data.labels)
+    covered = with_reasons(covered, dict.fromkeys(subject.ignore or (), HEAD_REASON))
+    weights = measure_weights(quantized, subject.model)
     return {
         "model": subject.name,
-        "data": subject.data.name,
-        "n": len(subject.data.labels),
+        "data": subject.examples.name,
+        "task": subject.kind.name,
+        "n": subject.examples.count,
         "backend": run.backend.name,
         "quantizer": run.format.quantizer,
         "weights": run.format.weights,
@@ -238,22 +189,30 @@ def row_of(subject: Subject, run: Run) -> dict[str, Any]:
         "values": run.method,  # the name of that field before; to go with the next release
         "k": _parts(run.splitter),
         "budget": run.splitter.config.budget if run.splitter else None,
-        "fp32_accuracy": accuracy(subject.logits, subject.data.labels),
-        **asdict(measures),
-        **_on_disk(quantized, run.backend, measures),
+        **{f"fp32_{name}": subject.figures.get(name) for name in ("accuracy", "perplexity")},
+        **{name: figures.get(name) for name in MEASURES},
+        **asdict(weights),
+        **_on_disk(quantized, run.backend, weights),
         "split_seconds": quantized.split_seconds,
         "quantize_seconds": quantized.quantize_seconds,
         "seconds": quantized.seconds,
         "peak_mb": memory.megabytes,
         "layers_split": len(quantized.manifest.split) if quantized.manifest else 0,
         **covered.model_dump(mode="json", exclude={"values"}),
+        "ignored": list(subject.ignore or ()),
         "choices": choices(quantized.manifest),
         "layers_solved": len(quantized.manifest.solved) if quantized.manifest else 0,
         "seed": run.seed,
     }
 
 
-def _on_disk(quantized: QuantizedModel, backend: Backend, measures: Measures) -> dict[str, Any]:
+def _refuse_quantized(subject: Subject, run: Run, quantized: QuantizedModel) -> None:
+    for name in subject.ignore or ():
+        if name in quantized.layers:
+            raise ConfigError(f"backend {run.backend.name} quantized {name}, which was to stay float; give --head")
+
+
+def _on_disk(quantized: QuantizedModel, backend: Backend, measures: WeightMeasures) -> dict[str, Any]:
     """What the Linear and convolution weights take on disk, as `save_pretrained` writes them."""
     less = bits_saved(quantized, backend)
     weights = 8 * measures.linear_bytes / measures.linear_bits_per_weight

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from splitquant_plugins.checkpoints.transformers_models import (
     max_length_of,
 )
 from splitquant_plugins.errors import InputError, first_line
+from splitquant_plugins.evaluation.python_functions import call_function, split_function
 from splitquant_plugins.evaluation.texts import load_unlabelled
 
 TEXTS = 64
@@ -49,10 +48,9 @@ def load_exportable(source: str, calibration: str | None = None, length: int | N
 
     Raises InputError, naming what is missing.
     """
-    path, colon, function = source.rpartition(":")
-    if colon and path.endswith(".py"):
+    if split_function(source) is not None:
         _refuse_texts(source, calibration, length)
-        return Exportable(source, *_called(Path(path), function))
+        return Exportable(source, *_called(source))
     if source.endswith(".pt2"):
         _refuse_texts(source, calibration, length)
         return Exportable(source, *_program(Path(source)))
@@ -90,28 +88,13 @@ def _refuse_texts(source: str, calibration: str | None, length: int | None) -> N
         raise InputError(f"{source} brings its own batches; leave --calibration and --length out")
 
 
-def _called(path: Path, function: str) -> tuple[nn.Module, list[Inputs]]:
-    if not path.is_file():
-        raise InputError(f"no such file: {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
-        spec.loader.exec_module(module)
-        made = getattr(module, function)()
-    except Exception as error:  # whatever the user's code raises
-        raise InputError(f"{path}:{function}() fails: {type(error).__name__}: {first_line(error)}") from error
-    finally:
-        sys.path.pop(0)
+def _called(source: str) -> tuple[nn.Module, list[Inputs]]:
+    made = call_function(source)
     model, batches = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     found = [batch if isinstance(batch, tuple) else (batch,) for batch in batches or ()]
     tensors = all(isinstance(one, Tensor) for batch in found for one in batch)
     if not isinstance(model, nn.Module) or not found or not tensors:
-        raise InputError(
-            f"{path}:{function}() has to return a torch.nn.Module and a list of batches, tensors or tuples of them"
-        )
+        raise InputError(f"{source}() has to return a torch.nn.Module and a list of batches, tensors or tuples of them")
     return model.eval(), found
 
 

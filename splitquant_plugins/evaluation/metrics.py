@@ -1,7 +1,8 @@
-"""Running classifiers over data, and what a quantized one is measured by."""
+"""What the weights of a quantized model are measured by, and what outputs are compared with."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,24 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from splitquant_plugins.backends import Batch, QuantizedModel
+from splitquant_plugins.passes.fold_batchnorm import fold_batchnorms
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
-class Measures:
-    """How near a quantized model is to its float original.
+class WeightMeasures:
+    """How near the weights of a quantized model are to those of its float original, and what they take.
 
-    `accuracy` and `agreement` (the share of inputs whose predicted label equals the float model's) are
-    fractions; the signal-to-noise ratios 10 log10(Σx² / Σ(x − x̂)²) are in decibels, of the logits over all
-    inputs and of the weights over all quantized layers. `linear_bytes` is what all Linear and convolution
-    weights take, scales and zero points included, biases not.
+    `weight_sqnr_db` is the signal-to-noise ratio 10 log10(Σx² / Σ(x − x̂)²) in decibels over all quantized layers.
+    `linear_bytes` is what all Linear and convolution weights take, scales and zero points included, biases not.
     """
 
-    accuracy: float
-    agreement: float
-    logit_sqnr_db: float
     weight_sqnr_db: float
     linear_bits_per_weight: float
     linear_bytes: int
@@ -77,11 +74,13 @@ def ratio_db(signal: float, noise: float) -> float:
     return max(-300.0, min(300.0, 10 * (math.log10(signal) - math.log10(noise))))
 
 
-def measure(
-    quantized: QuantizedModel, reference: nn.Module, reference_logits: Tensor, logits: Tensor, labels: Sequence[int]
-) -> Measures:
-    """Measure a quantized model against its float original."""
+def measure_weights(quantized: QuantizedModel, reference: nn.Module) -> WeightMeasures:
+    """Measure the weights of a quantized model against those of its float original.
+
+    A convolution into which a BatchNorm was folded, by a pass or by the backend, is measured against the folded weight.
+    """
     weights = linear_weights(reference)
+    folded = _folded_weights(reference)
     signal = noise = 0.0
     bits = 0
     for name, weight in weights.items():
@@ -90,19 +89,30 @@ def measure(
             bits += weight.numel() * weight.element_size() * 8
             continue
         total = torch.stack([part.weight.detach().double() for part in stored]).sum(0).reshape(weight.shape)
-        signal += float(weight.double().pow(2).sum())
-        noise += float((weight.double() - total).pow(2).sum())
+        signals = [_signal_and_noise(each, total) for each in (weight, folded.get(name, weight))]
+        nearer = min(signals, key=lambda pair: pair[1] / max(pair[0], 1e-300))
+        signal, noise = signal + nearer[0], noise + nearer[1]
         bits += sum(part.bits for part in stored)
-    return Measures(
-        accuracy=accuracy(logits, labels),
-        agreement=float((logits.argmax(-1) == reference_logits.argmax(-1)).double().mean()),
-        logit_sqnr_db=sqnr_db(reference_logits, logits),
+    return WeightMeasures(
         weight_sqnr_db=ratio_db(signal, noise),
         linear_bits_per_weight=bits / sum(weight.numel() for weight in weights.values()),
         linear_bytes=math.ceil(bits / 8),
         model_bytes=quantized.state_bytes,
         layers_quantized=quantized.layers_quantized,
     )
+
+
+def _signal_and_noise(weight: Tensor, stored: Tensor) -> tuple[float, float]:
+    return float(weight.double().pow(2).sum()), float((weight.double() - stored).pow(2).sum())
+
+
+def _folded_weights(model: nn.Module) -> Mapping[str, Tensor]:
+    """The weights with every BatchNorm folded that can be; none where there is no BatchNorm."""
+    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return {}
+    folded = copy.deepcopy(model)
+    fold_batchnorms(folded)
+    return linear_weights(folded)
 
 
 def linear_weights(model: nn.Module) -> Mapping[str, Tensor]:

@@ -6,7 +6,8 @@ values stay floats: it shows what a grid does to a model, and runs nowhere faste
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import glob
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -60,16 +61,20 @@ class SimulatedBackend(Backend):
         chosen: WeightFormat,
         first: ModelPass | None = None,
         batches: Iterable[Batch] = (),
+        ignore: Sequence[str] | None = None,
     ) -> QuantizedModel:
         """Round every Linear and convolution weight, or part of one, in place."""
         grid = self.grid(chosen)
         layers: dict[str, list[StoredWeight]] = {}
+        kept = set(ignore or ())
 
         def work() -> nn.Module:
-            split = model if first is None else first.apply(model, grid=grid)
+            split = model if first is None else first.apply(model, grid=grid, ignore=[glob.escape(n) for n in kept])
             owners = layer_of_part(split)
             rounded: dict[int, Tensor] = {}
             for name, weight in linear_weights(split).items():
+                if name in kept:
+                    continue
                 memory = weight.data_ptr()
                 if memory not in rounded:
                     rounded[memory] = weight.copy_(grid.quantize_dequantize(weight))

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 Column = tuple[str, str, Callable[[Any], str]]
 
 
-def percent(value: float) -> str:
-    """A fraction as a percentage with two decimals."""
-    return f"{100 * value:.2f} %"
+def percent(value: float | None) -> str:
+    """A fraction as a percentage with two decimals; nothing for None."""
+    return "" if value is None else f"{100 * value:.2f} %"
 
 
-def decibel(value: float) -> str:
-    """Decibels with one decimal."""
-    return f"{value:.1f}"
+def decibel(value: float | None) -> str:
+    """Decibels with one decimal; nothing for None."""
+    return "" if value is None else f"{value:.1f}"
 
 
 def kilobytes(value: int) -> str:
@@ -30,9 +30,9 @@ def kilobytes(value: int) -> str:
     return f"{value / 1000:,.0f}"
 
 
-def two_decimals(value: float) -> str:
-    """A number with two decimals."""
-    return f"{value:.2f}"
+def two_decimals(value: float | None) -> str:
+    """A number with two decimals; nothing for None."""
+    return "" if value is None else f"{value:.2f}"
 
 
 def whole(value: float | None) -> str:
@@ -70,6 +70,17 @@ COMPARE_COLUMNS: tuple[Column, ...] = (
     ("quantize_seconds", "quantize s", two_decimals),
     ("peak_mb", "peak MB", whole),
 )
+
+# What stands in the place of the accuracy in a table of language models.
+LANGUAGE_COLUMNS: tuple[Column, ...] = (("perplexity", "perplexity", number), ("kl", "KL", number))
+
+
+def compare_columns(measures: Sequence[str]) -> tuple[Column, ...]:
+    """Return the columns of a comparison of models of a kind that has these measures."""
+    if "perplexity" not in measures:
+        return COMPARE_COLUMNS
+    place = [key for key, *_ in COMPARE_COLUMNS].index("accuracy")
+    return (*COMPARE_COLUMNS[:place], *LANGUAGE_COLUMNS, *COMPARE_COLUMNS[place + 1 :])
 
 
 def print_table(

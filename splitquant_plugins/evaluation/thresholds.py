@@ -1,4 +1,4 @@
-"""Thresholds that make a comparison a gate: what a row must not fall below."""
+"""Thresholds that make a comparison a gate: what a row must not fall below, or rise above."""
 
 from __future__ import annotations
 
@@ -11,46 +11,68 @@ from splitquant_plugins.errors import ConfigError
 
 # Measures by the name in rows, with what one unit of the threshold is: per cent as the table has them, or dB.
 UNITS = {"accuracy": 100.0, "agreement": 100.0, "logit_sqnr_db": 1.0, "weight_sqnr_db": 1.0}
+# Measures of which less is better, in units of their own.
+LESS_IS_BETTER = ("perplexity", "kl")
+OF_WEIGHTS = "weight_sqnr_db"
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """The least value of a measure: per cent for accuracy and agreement, dB for the others."""
+    """The least value of a measure, per cent for accuracy and agreement and dB for the others, or with `most` the most.
+
+    Where there is a most, it is of perplexity or of the divergence in nats per token.
+    """
 
     measure: str
-    least: float
+    bound: float
+    most: bool = False
 
     def failure(self, row: Mapping[str, Any]) -> str | None:
-        """Say what is below; None where nothing is. A measure that is no number is below."""
-        value = UNITS[self.measure] * row[self.measure]
-        if value >= self.least:
+        """Say what is beyond; None where nothing is. A measure that is no number is beyond."""
+        measured = row[self.measure]
+        value = UNITS.get(self.measure, 1.0) * (math.nan if measured is None else measured)
+        if value <= self.bound if self.most else value >= self.bound:
             return None
-        unit = "%" if UNITS[self.measure] == 100.0 else "dB"
+        unit = "" if self.most else " %" if UNITS[self.measure] == 100.0 else " dB"
         which = f"{row['backend']} {row['weights']} split {row['split']}, seed {row['seed']}"
-        return f"{which}: {self.measure} {value:.2f} {unit} is below {self.least:g} {unit}"
+        side = "above" if self.most else "below"
+        digits = ".4g" if self.most else ".2f"
+        return f"{which}: {self.measure} {value:{digits}}{unit} is {side} {self.bound:g}{unit}"
 
 
-def parse_thresholds(given: Sequence[str]) -> list[Threshold]:
+def parse_thresholds(below: Sequence[str], above: Sequence[str] = ()) -> list[Threshold]:
     """Read MEASURE=VALUE; ConfigError for other measures, values that are no number, and a measure given twice."""
     found: dict[str, Threshold] = {}
-    for text in given:
+    for text, most in [*((text, False) for text in below), *((text, True) for text in above)]:
+        option = "--fail-above" if most else "--fail-below"
+        known = LESS_IS_BETTER if most else tuple(UNITS)
         name, equals, value = (part.strip() for part in text.partition("="))
-        if not equals or name not in UNITS:
-            raise ConfigError(f"--fail-below {text}: write MEASURE=VALUE, with one of {', '.join(UNITS)}")
+        if not most and equals and name in LESS_IS_BETTER:
+            raise ConfigError(f"--fail-below {text}: less {name} is better; write --fail-above {text}")
+        if not equals or name not in known:
+            raise ConfigError(f"{option} {text}: write MEASURE=VALUE, with one of {', '.join(known)}")
         try:
-            least = float(value)
+            bound = float(value)
         except ValueError:
-            least = math.nan
-        if not math.isfinite(least):
-            raise ConfigError(f"--fail-below {text}: {value!r} is no number")
+            bound = math.nan
+        if not math.isfinite(bound):
+            raise ConfigError(f"{option} {text}: {value!r} is no number")
         if name in found:
-            raise ConfigError(f"--fail-below {name} is given twice")
-        found[name] = Threshold(name, least)
+            raise ConfigError(f"{option} {name} is given twice")
+        found[name] = Threshold(name, bound, most)
     return list(found.values())
 
 
+def refuse_unmeasured(thresholds: Sequence[Threshold], kind: str, measures: Sequence[str]) -> None:
+    """Raise ConfigError for a threshold of what a model of this kind is not measured by."""
+    for each in thresholds:
+        if each.measure != OF_WEIGHTS and each.measure not in measures:
+            known = ", ".join(name for name in (*measures, OF_WEIGHTS) if name in (*UNITS, *LESS_IS_BETTER))
+            raise ConfigError(f"a {kind} has no {each.measure} to fail by; choose from {known}")
+
+
 def failures(thresholds: Sequence[Threshold], rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say which rows are below a threshold.
+    """Say which rows are beyond a threshold.
 
     Judged are the rows with a split, of every backend, width and seed; plain rows, which are there to be compared
     with, only where no row has a split.

@@ -40,8 +40,13 @@ class Recipe(BaseModel):
     )
     decoupleq: dict[str, Any] | None = Field(None, description="options of DecoupleQPass, {} for its defaults")
     calibration: str | None = Field(
-        None, description="csv with a column text, relative to the recipe's folder; self: the model's own text"
+        None,
+        description="data as --data takes them, relative to the recipe's folder; self: the model's own text. A "
+        "FILE.py:FUNCTION has to be named on the command line too",
     )
+    context: int | None = Field(None, ge=2, description="tokens that a language model sees at once")
+    stride: int | None = Field(None, ge=1, description="tokens that each further window of a long document predicts")
+    head: bool | None = Field(None, description="quantize the head of a language model too")
 
     def options(self) -> dict[str, Any]:
         """Return the keywords of SplitQuantPass; none where nothing is split."""

@@ -10,19 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from splitquant_plugins.backends import Backend, Batch, QuantizedModel, WeightFormat, WeightRequest
-from splitquant_plugins.checkpoints.coverage import Coverage, coverage, float_tensors
+from splitquant_plugins.checkpoints.coverage import Coverage, coverage, float_tensors, with_reasons
 from splitquant_plugins.checkpoints.files import refuse_output_folder
 from splitquant_plugins.checkpoints.pretrained_config import saves_itself
 from splitquant_plugins.checkpoints.source import is_sharded
-from splitquant_plugins.checkpoints.transformers_models import load_model
 from splitquant_plugins.decoupleq.decoupleq_pass import DecoupleQPass
 from splitquant_plugins.errors import ConfigError, InputError, first_line
 from splitquant_plugins.evaluation.compare import DECOUPLEQ, UNSPLIT
 from splitquant_plugins.evaluation.disk_bits import bits_saved
+from splitquant_plugins.evaluation.python_functions import split_function
+from splitquant_plugins.evaluation.tasks.base import Task
+from splitquant_plugins.evaluation.tasks.language_model import HEAD_REASON
+from splitquant_plugins.evaluation.tasks.text_classification import OtherTextModel
 from splitquant_plugins.manifest import manifest_of
 from splitquant_plugins.passes.base import ModelPass
 from splitquant_plugins.passes.splitquant import SplitQuantPass
@@ -60,8 +62,12 @@ def quantize_model(
     pretrained: bool = False,
     decoupleq: dict[str, Any] | None = None,
     calibration: Sequence[Batch] | None = None,
+    task: Task | None = None,
 ) -> dict[str, Any]:
-    """Split and quantize a transformers model and save it into `output`, which must not exist yet.
+    """Split and quantize a model and save it into `output`, which must not exist yet.
+
+    `task` says how it is loaded and what it leaves float; without one it is a transformers model by the architecture
+    that it names, of which nothing is left float that the backend quantizes.
 
     With `stream`, a folder's safetensors are worked on layer by layer, and the model is never in memory; None
     streams a sharded checkpoint where backend and options can. `scheduler` is the address of a Dask scheduler whose
@@ -75,7 +81,8 @@ def quantize_model(
     form = chosen.resolve(request)
     first = None
     if splitter != UNSPLIT:
-        used_later = decoupleq is not None or form.method in chosen.calibrated
+        example = task is not None and task.example_is_data  # for backends that trace the model
+        used_later = decoupleq is not None or form.method in chosen.calibrated or example
         given = calibration if plugins.splitter(splitter).uses_calibration or not used_later else None
         own = options if given is None else {**options, "calibration": given}
         first = SplitQuantPass(splitter=splitter, plugins=plugins, **own)
@@ -101,9 +108,12 @@ def quantize_model(
     else:
         passes: Any = first if solver is None else solver if first is None else first + solver
         batches = calibration if form.method in chosen.calibrated else None
-        figures = _in_memory(chosen, model, form, passes, output, batches, pretrained=pretrained)
+        figures = _in_memory(
+            chosen, task or OtherTextModel(model), form, passes, output, batches, pretrained=pretrained
+        )
     return {
         "model": model,
+        "task": None if task is None else task.kind.name,
         "output": str(output),
         "backend": backend,
         "weights": form.weights,
@@ -129,7 +139,7 @@ def _recipe(chosen: Backend, form: WeightFormat) -> dict[str, object]:
 
 def _in_memory(
     chosen: Backend,
-    model: str,
+    task: Task,
     form: WeightFormat,
     first: ModelPass,
     output: Path,
@@ -137,18 +147,23 @@ def _in_memory(
     *,
     pretrained: bool,
 ) -> dict[str, Any]:
-    loaded = load_model(model)
+    loaded = task.load_model()
+    ignore = task.stays_float(loaded)
+    kept = {} if ignore is None else {"ignore": ignore}
     tensors = float_tensors(loaded)
+    example = task.example_batch(loaded)
     with _appearing(output) as temporary:
-        quantized = chosen.quantize(loaded, form, first, batches or [example_batch(loaded)])
+        quantized = chosen.quantize(loaded, form, first, batches or ([] if example is None else [example]), **kept)
         if quantized.manifest is not None:
             quantized.manifest.recipe = _recipe(chosen, form)
-        source = _folder_of(model)
+        source = _folder_of(task.model)
         with _writing(output):
             _save(chosen, quantized, temporary, pretrained=pretrained)
-            _copy_files(source, temporary)
+            if source is not None:
+                _copy_files(source, temporary)
     covered = quantized.manifest.coverage if quantized.manifest else None
     covered = covered or coverage(tensors, quantized.layers, quantized.manifest)
+    covered = with_reasons(covered, dict.fromkeys(ignore or (), HEAD_REASON))
     stored = [part for parts in quantized.layers.values() for part in parts]
     weights = sum(parts[0].weight.numel() for parts in quantized.layers.values())
     less = bits_saved(quantized, chosen) if pretrained and saves_itself(quantized.model) else 0
@@ -156,6 +171,7 @@ def _in_memory(
         "layers_split": len(quantized.manifest.split) if quantized.manifest else 0,
         "layers_quantized": quantized.layers_quantized,
         **_shares(covered),
+        "ignored": list(ignore or ()),
         "bits_per_weight": sum(part.bits for part in stored) / weights,
         "disk_bits_per_weight": (sum(part.bits for part in stored) - less) / weights,
         "model_bytes": quantized.state_bytes,
@@ -203,6 +219,7 @@ def _stream(
         "split_seconds": made.split_seconds,
         "quantize_seconds": made.pack_seconds,
         **_shares(made.coverage),
+        "ignored": [],
         "shards": made.shards,
         "shards_found_done": made.shards_found_done,
     }
@@ -238,8 +255,10 @@ def _writing(output: Path) -> Iterator[None]:
         raise InputError(f"cannot write {output}: {reason}; choose another --output") from None
 
 
-def _folder_of(model: str) -> Path:
-    """The folder of a model, or that of the Hub's cache with its tokenizer and the like."""
+def _folder_of(model: str) -> Path | None:
+    """The folder of a model, or that of the Hub's cache with its tokenizer and the like; None for a function's."""
+    if split_function(model) is not None:
+        return None
     folder = Path(model)
     if folder.is_dir():
         return folder
@@ -252,10 +271,3 @@ def _copy_files(source: Path, target: Path) -> None:
     for name in (*TOKENIZER_FILES, *OTHER_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-
-
-def example_batch(model: Any) -> Batch:
-    """Make token ids that the model embeds, for backends that trace it."""
-    vocabulary = int(getattr(model.config, "vocab_size", 2))
-    ids = torch.arange(2 * 16).reshape(2, 16) % max(vocabulary, 1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

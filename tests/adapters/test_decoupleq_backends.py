@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from splitquant_plugins import DecoupleQPass, SplitQuantPass, manifest_of
-from splitquant_plugins.backends import WeightRequest, run_of
+from splitquant_plugins.backends import WeightRequest
 from splitquant_plugins.errors import ConfigError, InputError
-from splitquant_plugins.evaluation.compare import Subject, plan_runs, row_of
-from splitquant_plugins.evaluation.metrics import logits_of
+from splitquant_plugins.evaluation.compare import plan_runs, row_of
+from splitquant_plugins.evaluation.subject import make_subject
+from splitquant_plugins.evaluation.tasks.text_classification import TEXT_CLASSIFICATION, labelled_batches
 from splitquant_plugins.evaluation.texts import LabelledTexts
 from splitquant_plugins.grid import UniformGrid
 from splitquant_plugins.testing import small_batch, small_classifier
@@ -138,8 +139,8 @@ def test_an_exported_graph_is_refused_with_what_to_do_instead(plugins, batches):
 
 def subject(batches):
     model = small_classifier()
-    labels = [index % 3 for index in range(24)]
-    return Subject("small", model, LabelledTexts("made", [""] * 24, labels), batches, logits_of(run_of(model), batches))
+    texts = LabelledTexts("made", [""] * 24, [index % 3 for index in range(24)])
+    return make_subject("small", TEXT_CLASSIFICATION, model, labelled_batches(texts, batches))
 
 
 def test_values_are_a_dimension_of_the_comparison(plugins, batches):

@@ -35,8 +35,7 @@ def no_work(monkeypatch):
     def load(*_, **__):
         pytest.fail("a model was loaded before the mistake was found")
 
-    monkeypatch.setattr("splitquant_plugins.evaluation.compare.load_classifier", load)
-    monkeypatch.setattr("splitquant_plugins.streaming.quantize_model.load_model", load)
+    monkeypatch.setattr("splitquant_plugins.checkpoints.transformers_models._loaded_whole", load)
 
 
 @pytest.mark.usefixtures("no_work")

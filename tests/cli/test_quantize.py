@@ -62,10 +62,12 @@ def test_the_tokenizer_of_a_hub_model_is_copied_too(
 ) -> None:
     import huggingface_hub
 
-    import splitquant_plugins.streaming.quantize_model as module
-    from splitquant_plugins.checkpoints.transformers_models import load_model
+    from splitquant_plugins.evaluation.tasks import choose
 
     folder = classifier()
+    task = choose.task_of(str(folder))
+    model = task.load_model()
+    task.model = "somebody/model"
     asked = []
 
     def snapshot(name: str, allow_patterns: list[str]) -> str:
@@ -73,7 +75,8 @@ def test_the_tokenizer_of_a_hub_model_is_copied_too(
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    monkeypatch.setattr(module, "load_model", lambda name: load_model(str(folder)))
+    monkeypatch.setattr(task, "load_model", lambda: model)
+    monkeypatch.setattr(choose, "task_of", lambda name, **_: task)
     assert run(["quantize", "somebody/model", "--output", str(tmp_path / "out")]) == 0
     assert asked == [("somebody/model", True)]
     assert (tmp_path / "out" / "vocab.txt").is_file()

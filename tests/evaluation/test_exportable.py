@@ -51,7 +51,7 @@ def test_a_function_of_a_file_is_called(file: Path) -> None:
     [
         ("nothing", r"has to return a torch.nn.Module and a list of batches"),
         ("broken", r"broken\(\) fails: RuntimeError: no weights here"),
-        ("absent", r"absent\(\) fails: AttributeError"),
+        ("absent", r"has no function 'absent'; it has load, tuples, nothing, broken"),
     ],
 )
 def test_functions_that_give_no_model_are_named(file: Path, function: str, message: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from splitquant_plugins.errors import InputError
-from splitquant_plugins.evaluation.compare import calibration_batches
+from splitquant_plugins.evaluation.tasks.choose import task_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -18,7 +18,7 @@ SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidd
 def test_a_language_model_writes_its_calibration_data(tmp_path: Path) -> None:
     config = transformers.LlamaConfig(**SIZES, max_position_embeddings=12)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    batches = calibration_batches(str(tmp_path), "self", limit=20)
+    batches = task_of(str(tmp_path)).calibration("self", limit=20)
     tokens = torch.cat([batch["input_ids"] for batch in batches])
     assert tokens.shape == (20, 12)
 
@@ -27,4 +27,4 @@ def test_a_classifier_cannot(tmp_path: Path) -> None:
     config = transformers.BertConfig(**SIZES, max_position_embeddings=12)
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="cannot write text of its own"):
-        calibration_batches(str(tmp_path), "self", limit=4)
+        task_of(str(tmp_path)).calibration("self", limit=4)

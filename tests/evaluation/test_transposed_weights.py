@@ -9,7 +9,7 @@ import torch
 
 from splitquant_plugins import SplitQuantPass, UniformGrid
 from splitquant_plugins.backends import WeightRequest
-from splitquant_plugins.evaluation.metrics import measure, ratio_db
+from splitquant_plugins.evaluation.metrics import measure_weights, ratio_db
 from splitquant_plugins.evaluation.simulated_backend import SimulatedBackend
 
 
@@ -24,8 +24,7 @@ def test_w5_decibels_and_bits_of_a_conv1d(shape, split):
     chosen = backend.resolve(WeightRequest("int4"))
     first = None if split is None else SplitQuantPass(splitter=split)
     quantized = backend.quantize(copy.deepcopy(model), chosen, first)
-    logits = torch.zeros(1, 2)
-    found = measure(quantized, model, logits, logits, [0])
+    found = measure_weights(quantized, model)
     grid = UniformGrid(4)
     parts = [weight]
     if first is not None:

@@ -1,0 +1,1 @@
+"""Kinds of models: how each is loaded, what data it takes, and what it is measured by."""

@@ -1,0 +1,53 @@
+"""Layers that are to stay float stay float and whole, in every backend, and no others do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from splitquant_plugins import SplitQuantPass
+from splitquant_plugins.backends import WeightRequest
+from splitquant_plugins.evaluation.metrics import linear_weights
+
+pytest.importorskip("transformers")
+NEEDS = {
+    "inc": "neural_compressor.torch",
+    "quanto": "optimum.quanto",
+    "pt2e": "torchao.quantization.pt2e",
+    "simulated": "torch",
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of the backends
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("name", NEEDS)
+def test_layers_left_float(name: str, split: bool, models: Any, plugins: Any, tokens: torch.Tensor) -> None:
+    pytest.importorskip(NEEDS[name])
+    backend = plugins.backend(name)
+    form = backend.resolve(WeightRequest("int4"))
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    kept = ("bert.encoder.layer.0.output.dense", "classifier")
+    weights = {layer: weight.clone() for layer, weight in linear_weights(models.bert()).items()}
+    for ignore in (kept, ()):
+        first = SplitQuantPass(splitter="kmeans", k=2, plugins=plugins) if split else None
+        quantized = backend.quantize(models.bert(), form, first, [batch], ignore=ignore)
+        assert set(quantized.layers) == set(weights) - set(ignore)
+        assert quantized.run(batch).shape == (4, 2)
+        if quantized.manifest is not None:
+            assert {record.name for record in quantized.manifest.split} == set(quantized.layers)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantizer", ["x86-inductor", "xnnpack"])
+def test_stock_quantizers_leave_layers_float_too(quantizer: str, models: Any, plugins: Any, tokens: Any) -> None:
+    pytest.importorskip("torchao.quantization.pt2e")
+    backend = plugins.backend("pt2e")
+    if quantizer in backend.stock_quantizers().missing:
+        pytest.skip(f"{quantizer} is not installed")
+    form = backend.resolve(WeightRequest("", quantizer=quantizer))
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    quantized = backend.quantize(models.bert(), form, None, [batch], ignore=("classifier",))
+    assert "classifier" not in quantized.layers
+    assert len(quantized.layers) > 5
