@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -144,6 +145,32 @@ def run_of(model: nn.Module) -> Callable[[Batch], Tensor]:
         return found
 
     return run
+
+
+def quantize_leaving(
+    backend: Backend,
+    model: nn.Module,
+    chosen: WeightFormat,
+    first: ModelPass | None,
+    batches: Iterable[Batch],
+    ignore: Sequence[str] | None,
+) -> QuantizedModel:
+    """Quantize with a backend, and see to it that the layers in `ignore` stay float; None leaves that to the backend.
+
+    ConfigError for a backend that leaves none float.
+    """
+    able = "ignore" in inspect.signature(backend.quantize).parameters
+    if ignore and not able:
+        raise ConfigError(
+            f"backend {backend.name} cannot leave {ignore[0]} float: its `quantize` takes no `ignore`; quantize the "
+            "head too, with --head"
+        )
+    more = {"ignore": ignore} if able and ignore is not None else {}
+    quantized = backend.quantize(model, chosen, first, batches, **more)
+    for name in ignore or ():
+        if name in quantized.layers:
+            raise InputError(f"backend {backend.name} quantized {name}, which was to stay float")
+    return quantized
 
 
 def quantized_by(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from splitquant_plugins import hookspecs, manifest_of
+from splitquant_plugins.cli.main import run
 from splitquant_plugins.plugins import Plugins
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -202,3 +203,10 @@ def test_the_picture_of_the_flow_names_hooks_and_rooms_that_are_there() -> None:
     for _, hooks, room in steps.values():
         assert all(hasattr(hookspecs, f"splitquant_{hook}") for hook in hooks)
         assert (ROOT / "splitquant_plugins" / room).is_dir()
+
+
+def test_the_module_of_the_page_on_measuring_can_be_compared(tmp_path: Path) -> None:
+    (block,) = blocks(ROOT / "docs" / "measuring.md", "python")
+    (tmp_path / "net.py").write_text(block)
+    model, data = f"{tmp_path / 'net.py'}:load", f"{tmp_path / 'net.py'}:test"
+    assert run(["compare", model, "--data", data, "--backend", "simulated", "--weights", "int4", "--split", "grid"]) == 0

@@ -8,7 +8,15 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from splitquant_plugins.backends import ROUND_TO_NEAREST, Backend, Batch, QuantizedModel, WeightFormat, WeightRequest
+from splitquant_plugins.backends import (
+    ROUND_TO_NEAREST,
+    Backend,
+    Batch,
+    QuantizedModel,
+    WeightFormat,
+    WeightRequest,
+    quantize_leaving,
+)
 from splitquant_plugins.checkpoints.coverage import coverage, float_tensors, with_reasons
 from splitquant_plugins.decoupleq.decoupleq_pass import DecoupleQPass
 from splitquant_plugins.errors import ConfigError
@@ -164,10 +172,8 @@ def row_of(subject: Subject, run: Run, told: Told = lambda part: None) -> dict[s
     model = copy.deepcopy(subject.model)
     tensors = float_tensors(model)
     batches = run.calibration or subject.examples.batches
-    kept = {} if subject.ignore is None else {"ignore": subject.ignore}
     with PeakMemory() as memory:
-        quantized = run.backend.quantize(model, run.format, run.first, batches, **kept)
-    _refuse_quantized(subject, run, quantized)
+        quantized = quantize_leaving(run.backend, model, run.format, run.first, batches, subject.ignore)
     figures = subject.measure(quantized.run, told)
     covered = quantized.manifest.coverage if quantized.manifest else None
     covered = covered or coverage(tensors, quantized.layers, quantized.manifest)
@@ -204,12 +210,6 @@ def row_of(subject: Subject, run: Run, told: Told = lambda part: None) -> dict[s
         "layers_solved": len(quantized.manifest.solved) if quantized.manifest else 0,
         "seed": run.seed,
     }
-
-
-def _refuse_quantized(subject: Subject, run: Run, quantized: QuantizedModel) -> None:
-    for name in subject.ignore or ():
-        if name in quantized.layers:
-            raise ConfigError(f"backend {run.backend.name} quantized {name}, which was to stay float; give --head")
 
 
 def _on_disk(quantized: QuantizedModel, backend: Backend, measures: WeightMeasures) -> dict[str, Any]:

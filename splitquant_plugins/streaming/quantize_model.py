@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from splitquant_plugins.backends import Backend, Batch, QuantizedModel, WeightFormat, WeightRequest
+from splitquant_plugins.backends import Backend, Batch, QuantizedModel, WeightFormat, WeightRequest, quantize_leaving
 from splitquant_plugins.checkpoints.coverage import Coverage, coverage, float_tensors, with_reasons
 from splitquant_plugins.checkpoints.files import refuse_output_folder
 from splitquant_plugins.checkpoints.pretrained_config import saves_itself
@@ -149,13 +149,13 @@ def _in_memory(
 ) -> dict[str, Any]:
     loaded = task.load_model()
     ignore = task.stays_float(loaded)
-    kept = {} if ignore is None else {"ignore": ignore}
     tensors = float_tensors(loaded)
     example = task.example_batch(loaded)
     with _appearing(output) as temporary:
-        quantized = chosen.quantize(loaded, form, first, batches or ([] if example is None else [example]), **kept)
+        given = batches or ([] if example is None else [example])
+        quantized = quantize_leaving(chosen, loaded, form, first, given, ignore)
         if quantized.manifest is not None:
-            quantized.manifest.recipe = _recipe(chosen, form)
+            quantized.manifest.recipe = {**_recipe(chosen, form), **({"head": True} if ignore == () else {})}
         source = _folder_of(task.model)
         with _writing(output):
             _save(chosen, quantized, temporary, pretrained=pretrained)

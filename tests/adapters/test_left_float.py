@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from splitquant_plugins import SplitQuantPass
-from splitquant_plugins.backends import WeightRequest
+from splitquant_plugins.backends import WeightRequest, quantize_leaving
+from splitquant_plugins.errors import ConfigError, InputError
 from splitquant_plugins.evaluation.metrics import linear_weights
+from splitquant_plugins.evaluation.simulated_backend import SimulatedBackend
 
 pytest.importorskip("transformers")
 NEEDS = {
@@ -51,3 +53,25 @@ def test_stock_quantizers_leave_layers_float_too(quantizer: str, models: Any, pl
     quantized = backend.quantize(models.bert(), form, None, [batch], ignore=("classifier",))
     assert "classifier" not in quantized.layers
     assert len(quantized.layers) > 5
+
+
+def test_a_backend_that_leaves_nothing_float_is_refused_where_it_has_to(models: Any, plugins: Any) -> None:
+    class Narrow(SimulatedBackend):
+        name = "narrow"
+
+        def quantize(self, model, chosen, first=None, batches=()):  # type: ignore[override]
+            return super().quantize(model, chosen, first, batches)
+
+    class Deaf(SimulatedBackend):
+        name = "deaf"
+
+        def quantize(self, model, chosen, first=None, batches=(), ignore=None):
+            return super().quantize(model, chosen, first, batches)
+
+    form = Narrow().resolve(WeightRequest("int4"))
+    assert "classifier" in quantize_leaving(Narrow(), models.bert(), form, None, [], ()).layers
+    assert "classifier" in quantize_leaving(Narrow(), models.bert(), form, None, [], None).layers
+    with pytest.raises(ConfigError, match="backend narrow cannot leave classifier float"):
+        quantize_leaving(Narrow(), models.bert(), form, None, [], ("classifier",))
+    with pytest.raises(InputError, match="backend deaf quantized classifier, which was to stay float"):
+        quantize_leaving(Deaf(), models.bert(), form, None, [], ("classifier",))

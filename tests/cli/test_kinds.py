@@ -189,6 +189,7 @@ def test_recipes_carry_the_options(language_model: Any, documents: Path, tmp_pat
     arguments = ["--backend", "quanto", "--recipe", recipe, "--save-recipe", saved, "--output", output]
     (made,) = rows_of("quantize", folder, *arguments)
     assert made["ignored"] == []
+    assert json.loads((output / "splitquant_manifest.json").read_text())["recipe"]["head"] is True
     assert "stride: 3\n" in saved.read_text()
 
 
