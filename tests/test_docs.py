@@ -209,4 +209,6 @@ def test_the_module_of_the_page_on_measuring_can_be_compared(tmp_path: Path) -> 
     (block,) = blocks(ROOT / "docs" / "measuring.md", "python")
     (tmp_path / "net.py").write_text(block)
     model, data = f"{tmp_path / 'net.py'}:load", f"{tmp_path / 'net.py'}:test"
-    assert run(["compare", model, "--data", data, "--backend", "simulated", "--weights", "int4", "--split", "grid"]) == 0
+    assert (
+        run(["compare", model, "--data", data, "--backend", "simulated", "--weights", "int4", "--split", "grid"]) == 0
+    )

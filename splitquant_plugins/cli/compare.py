@@ -11,11 +11,13 @@ import click
 from splitquant_plugins.cli.options import (
     CommaList,
     grid_options,
+    html_option,
     json_option,
     language_options,
     pass_options,
     quiet_libraries,
     refuse_inputs_as_output,
+    refuse_same_output,
     split_options,
     stride_option,
     untied_for_head,
@@ -79,6 +81,7 @@ from splitquant_plugins.evaluation import tables as report
 @grid_options
 @split_options
 @json_option
+@html_option
 @recipe_options(several=True)
 def compare(
     model: str,
@@ -99,6 +102,7 @@ def compare(
     head: bool,
     calibration: str | None,
     json_path: Path | None,
+    html_path: Path | None,
     decoupleq: dict[str, Any] | None,
     **shared: Any,
 ) -> int:
@@ -112,8 +116,10 @@ def compare(
     """
     from splitquant_plugins.backends import WeightRequest
     from splitquant_plugins.checkpoints.coverage import coverage_of, sentences
+    from splitquant_plugins.checkpoints.files import write_text
     from splitquant_plugins.evaluation import compare as comparison
     from splitquant_plugins.evaluation.choices import summary
+    from splitquant_plugins.evaluation.pages.compare_page import compare_page
     from splitquant_plugins.evaluation.subject import load_task_subject
     from splitquant_plugins.evaluation.tasks.choose import task_of
     from splitquant_plugins.evaluation.tasks.language_model import HEAD_REASON
@@ -127,6 +133,8 @@ def compare(
         click.echo("splitquant: warning: --values is called --method now; the old name goes away", err=True)
         methods = values
     refuse_inputs_as_output(json_path, model, data, calibration)
+    refuse_inputs_as_output(html_path, model, data, calibration)
+    refuse_same_output(json=json_path, html=html_path)
     requests = [weight_request(width, **shared) for width in weights]
     if quantizers is not None:
         _refuse_choices_of_weights()
@@ -158,6 +166,8 @@ def compare(
     for name in least["ignored"]:
         click.echo(f"{name} stays float: {HEAD_REASON}")
     report.write_rows(json_path, rows)
+    if html_path is not None:
+        write_text(html_path, compare_page(f"{model} on {data}", _measured_on(rows[0]), rows, shown))
     below = failures(gate, rows)
     for line in below:
         click.echo(f"splitquant: {line}", err=True)

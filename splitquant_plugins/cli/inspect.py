@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from splitquant_plugins.cli.options import (
+    html_option,
     json_option,
     pass_options,
     quiet_libraries,
     refuse_inputs_as_output,
+    refuse_same_output,
     untied_for_head,
 )
 from splitquant_plugins.evaluation import tables as report
@@ -72,6 +74,7 @@ CURVE_COLUMNS: tuple[report.Column, ...] = (
     help="What shares a scale, for the curve.",
 )
 @json_option
+@html_option
 @click.pass_context
 def inspect(
     context: click.Context,
@@ -86,6 +89,7 @@ def inspect(
     curve: bool,
     granularity: Literal["tensor", "channel"],
     json_path: Path | None,
+    html_path: Path | None,
 ) -> None:
     """Show, for each layer of MODEL (Hub id, folder or FILE.py:FUNCTION), what a split would bring and cost.
 
@@ -95,8 +99,10 @@ def inspect(
     many bits, per tensor and per output channel. Bits per weight count codes, scales and zero points, per channel.
     Nothing is written to MODEL.
     """
+    from splitquant_plugins.checkpoints.files import write_text
     from splitquant_plugins.errors import InputError
     from splitquant_plugins.evaluation import pictures
+    from splitquant_plugins.evaluation.pages.inspect_page import inspect_page
     from splitquant_plugins.evaluation.tasks.choose import task_of
     from splitquant_plugins.evaluation.tasks.language_model import HEAD_REASON
     from splitquant_plugins.grid import UniformGrid
@@ -106,6 +112,8 @@ def inspect(
 
     quiet_libraries()
     refuse_inputs_as_output(json_path, model)
+    refuse_inputs_as_output(html_path, model)
+    refuse_same_output(json=json_path, html=html_path, picture=picture)
     if picture is not None:
         pictures.check_target(picture)
         refuse_inputs_as_output(picture if picture.suffix else None, model)
@@ -127,10 +135,14 @@ def inspect(
             click.echo(f"{layer.layer} stays whole: {layer.reason}")
     for name in ignored:
         click.echo(f"{name} stays float: {HEAD_REASON}")
+    steps: list[dict[str, Any]] = []
     if curve:
         steps = curve_of(loaded, split_pass, UniformGrid(bits, granularity=granularity), ignored)
         report.print_table(f"budget: stored bits per weight, per {granularity}", steps, CURVE_COLUMNS)
     report.write_rows(json_path, rows)
+    if html_path is not None:
+        kept = dict.fromkeys(ignored, HEAD_REASON)
+        write_text(html_path, inspect_page(title, f"{len(rows)} layers", rows, COLUMNS, kept, steps))
     if picture is not None:
         pictures.write_picture(picture, title, layers)
 

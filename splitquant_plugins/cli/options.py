@@ -56,6 +56,23 @@ json_option = click.option(
     "--json", "json_path", type=click.Path(path_type=Path), callback=_writable, help="Write the rows as JSON too."
 )
 
+html_option = click.option(
+    "--html",
+    "html_path",
+    type=click.Path(path_type=Path),
+    callback=_writable,
+    help="Write a page with the table, the trade-off and every layer, which needs no other file.",
+)
+
+
+def refuse_same_output(**outputs: Path | None) -> None:
+    """Raise ConfigError where two of a command's outputs are one file; by the names of the options."""
+    seen: dict[Path, str] = {}
+    for name, path in outputs.items():
+        other = name if path is None else seen.setdefault(path.resolve(), name)
+        if other != name:
+            raise ConfigError(f"--{other} and --{name} both write {path}: choose another name for one")
+
 
 def refuse_inputs_as_output(path: Path | None, *inputs: str | Path | None) -> None:
     """Raise InputError where the file to be written is one of those that are read, or in such a folder."""

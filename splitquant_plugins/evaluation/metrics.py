@@ -19,6 +19,15 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
+class LayerMeasures:
+    """The same of one quantized layer: the signal-to-noise ratio of its weight in decibels, and its stored bits."""
+
+    layer: str
+    weight_sqnr_db: float
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
 class WeightMeasures:
     """How near the weights of a quantized model are to those of its float original, and what they take.
 
@@ -31,6 +40,7 @@ class WeightMeasures:
     linear_bytes: int
     model_bytes: int
     layers_quantized: int
+    layers: tuple[LayerMeasures, ...]
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int, batch_size: int = 128) -> list[dict[str, Tensor]]:
@@ -83,6 +93,7 @@ def measure_weights(quantized: QuantizedModel, reference: nn.Module) -> WeightMe
     folded = _folded_weights(reference)
     signal = noise = 0.0
     bits = 0
+    layers = []
     for name, weight in weights.items():
         stored = quantized.layers.get(name)
         if stored is None:
@@ -92,13 +103,16 @@ def measure_weights(quantized: QuantizedModel, reference: nn.Module) -> WeightMe
         signals = [_signal_and_noise(each, total) for each in (weight, folded.get(name, weight))]
         nearer = min(signals, key=lambda pair: pair[1] / max(pair[0], 1e-300))
         signal, noise = signal + nearer[0], noise + nearer[1]
-        bits += sum(part.bits for part in stored)
+        taken = sum(part.bits for part in stored)
+        bits += taken
+        layers.append(LayerMeasures(name, ratio_db(*nearer), taken / weight.numel()))
     return WeightMeasures(
         weight_sqnr_db=ratio_db(signal, noise),
         linear_bits_per_weight=bits / sum(weight.numel() for weight in weights.values()),
         linear_bytes=math.ceil(bits / 8),
         model_bytes=quantized.state_bytes,
         layers_quantized=quantized.layers_quantized,
+        layers=tuple(layers),
     )
 
 

@@ -204,3 +204,16 @@ def test_a_recipe_alone_runs_no_file(module_file: Path, tmp_path: Path, rows_of:
     assert "was run" in fails("compare", *common, "--calibration", f"{other}:inputs")
     recipe.write_text(f"split: {{splitter: grid, k: 2}}\ncalibration: {module_file.name}:inputs\n")
     assert rows_of("compare", *common)[-1]["layers_split"] == 2
+
+
+def test_pages_of_a_comparison_and_of_an_inspection(module_file: Path, tmp_path: Path, rows_of: Any, fails) -> None:
+    model, page = f"{module_file}:load", tmp_path / "page.html"
+    common = ["--data", f"{module_file}:test", *SIMULATED, "--split", "none,grid"]
+    rows = rows_of("compare", model, *common, "--html", page)
+    assert [[each["layer"] for each in row["layers"]] for row in rows] == [["conv", "linear"]] * 2
+    assert "FP32 accuracy 100.00 %" in page.read_text()
+    rows_of("inspect", model, "--splitter", "kmeans", "--html", page, "--curve")
+    assert "splitter kmeans" in page.read_text()
+    assert "an input of this command" in fails("compare", model, *common, "--html", module_file)
+    assert "--json and --html both write" in fails("compare", model, *common, "--html", page, "--json", page)
+    assert "both write" in fails("inspect", model, "--html", page, "--picture", page)
