@@ -121,15 +121,17 @@ class Effort:
     # Values of all sample groups together.
     sample_values: int = 1 << 18
 
-    def for_groups(self, groups: int, n: int, sums: int) -> Effort:
+    def for_groups(self, groups: int, n: int, sums: int, *, few_bits: bool = False) -> Effort:
         """What is enough for that many groups of `n` values that have so many sums.
 
-        Where sums outnumber values, most codebooks serve: two parts of INT4 affine in groups of 128 reach 43.0 dB in
-        place of 43.4 on log-normal mixtures of normal values, in a quarter of the time. That is for large tensors.
+        Where sums outnumber values, most codebooks serve: two parts of INT4 affine in groups of 128 get 42.97 dB in
+        place of 43.00, in two thirds of the time. With a fourth of the starts they get 42.56 dB in a fourth of it, as
+        good as any where scales keep `few_bits` and are rounded in the end. That is for large tensors.
         """
         if sums < n or groups < self.many:
             return self
-        return replace(self, priced_sums=self.priced_sums >> 4, from_library=(), then=(), again_one_in=64)
+        priced = self.priced_sums >> (4 if few_bits else 2)
+        return replace(self, priced_sums=priced, from_library=(), then=(), again_one_in=64)
 
 
 EFFORT = Effort()
@@ -204,7 +206,7 @@ def search(groups: Tensor, rules: Rules, k: int, *, cover: bool = True, effort: 
     """
     number, n = groups.shape
     sums = rules.width**k
-    effort = effort.for_groups(number, n, sums)
+    effort = effort.for_groups(number, n, sums, few_bits=rules.scale_bits > 0)
     flags = np.array([rules.either, cover])
     books = Codebooks(np.zeros((number, k), np.int64), np.zeros((number, k)), np.zeros(number))
     live = (groups.amax(dim=1) - groups.amin(dim=1) + groups[:, 0].abs() > 0).nonzero().flatten()
