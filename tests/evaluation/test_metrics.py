@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,3 +126,18 @@ def test_the_layers_that_are_measured() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Conv2d(1, 1, 1), nn.Conv3d(1, 1, 1), nn.Embedding(3, 3), nn.LayerNorm(2))
     assert list(linear_weights(model)) == ["0", "1", "2"]
     assert not any(weight.requires_grad for weight in linear_weights(model).values())
+
+
+def test_weights_that_are_stored_transposed_are_measured_with_outputs_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.arange(6.0).reshape(2, 3))
+
+    model = nn.Sequential(Conv1D(), nn.Linear(2, 3, bias=False))
+    assert list(linear_weights(model)) == ["1"]
+    monkeypatch.setitem(sys.modules, "transformers.pytorch_utils", SimpleNamespace(Conv1D=Conv1D))
+    weights = linear_weights(model)
+    assert weights["0"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert torch.equal(weights["1"], model[1].weight)
+    assert not weights["0"].requires_grad

@@ -6,9 +6,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from splitquant_plugins.errors import SplitFailedError
-from splitquant_plugins.passes.checks import check_parts
+from splitquant_plugins import LayerPlan, Manifest, SplitConfig
+from splitquant_plugins.errors import AlreadyQuantizedError, AlreadySplitError, InputError, SplitFailedError
+from splitquant_plugins.manifest import ATTRIBUTE, LayerRecord
+from splitquant_plugins.modules import SplitActivation, SplitLinear
+from splitquant_plugins.passes.checks import (
+    QUANTIZED_PACKAGES,
+    check_parts,
+    refuse_quantized_model,
+    refuse_unfit_model,
+    refuse_unfit_weights,
+)
+from splitquant_plugins.passes.select import Layer
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -97,6 +108,18 @@ def test_the_tolerance_is_the_rounding_of_the_additions(dtype, k):
         check_parts("w", tensor, [beyond, zeros, *rest], k)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_error_that_is_allowed(dtype):
+    """Parts that nearly cancel leave one unit of the larger; where both are zero nothing is allowed, or left."""
+    eps = torch.finfo(dtype).eps
+    parts = [torch.tensor([0.0, 1.0], dtype=dtype), torch.tensor([0.0, -1 + eps], dtype=dtype)]
+    check_parts("w", torch.zeros(2, dtype=dtype), parts, 2)
+    with pytest.raises(SplitFailedError, match="miss the tensor by up to"):
+        check_parts("w", torch.zeros(2, dtype=dtype), [parts[0], parts[1] * (1 - eps)], 2)
+    with pytest.raises(SplitFailedError, match="miss the tensor by up to"):
+        check_parts("w", torch.tensor([eps, 0.0], dtype=dtype), parts, 2)
+
+
 def test_one_part_has_to_be_the_tensor_itself():
     tensor = torch.ones(4)
     with pytest.raises(SplitFailedError):
@@ -121,3 +144,112 @@ def test_a_wrong_value_is_found_anywhere_in_a_large_tensor(monkeypatch):
         parts[0].view(-1)[place] -= 1
         with pytest.raises(SplitFailedError):
             check_parts("w", tensor, parts, 2)
+
+
+def net():
+    return nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.ReLU(), nn.Conv1d(3, 2, 1)))
+
+
+@pytest.mark.parametrize("model", [net(), nn.Linear(3, 3), nn.ReLU()])
+def test_float_models_may_be_split(model):
+    refuse_unfit_model(model)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d])
+def test_a_traced_graph_has_layers_and_an_exported_one_has_none(kind):
+    layer = nn.Sequential(nn.Linear(3, 3) if kind is nn.Linear else nn.Conv1d(3, 3, 1))
+    refuse_unfit_model(torch.fx.symbolic_trace(layer))
+    exported = torch.export.export(layer, (torch.randn(3, 3),))
+    for graph in (exported, exported.module()):
+        with pytest.raises(InputError, match=r"^an exported graph has no layer modules to split; attach the pass"):
+            refuse_unfit_model(graph)
+
+
+@pytest.mark.parametrize("model", [None, {"model": net()}, net().state_dict(), nn.Linear, "model"])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(InputError, match=f"takes a torch.nn.Module, not a {type(model).__name__}$"):
+        refuse_unfit_model(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "^the model was split before"),
+        ({"values": {"bits": 2}}, "^DecoupleQPass was applied to this model, and SplitQuantPass goes first"),
+        ({"values": {"bits": 2}, "layers": [LayerRecord(name="0", kind="linear", action="split")]}, "^the model was s"),
+        ({"layers": [LayerRecord(name="0", kind="linear", action="split")]}, "^the model was split before"),
+        ({"values": {}}, "^DecoupleQPass was applied"),
+    ],
+)
+def test_a_model_with_a_manifest_is_refused(options, message):
+    model = net()
+    setattr(model, ATTRIBUTE, Manifest(config=SplitConfig(), **options))
+    with pytest.raises(AlreadySplitError, match=message):
+        refuse_unfit_model(model)
+
+
+def test_any_mark_of_a_split_is_a_refusal():
+    model = net()
+    setattr(model, ATTRIBUTE, {"from": "another version"})
+    with pytest.raises(AlreadySplitError, match=r"^the model was split before"):
+        refuse_unfit_model(model)
+
+
+@pytest.mark.parametrize("split", [SplitLinear([nn.Linear(2, 2)]), SplitActivation(nn.ReLU(), 2, -1)])
+def test_split_modules_without_a_manifest_are_named(split):
+    with pytest.raises(AlreadySplitError, match=r"^1\.0 was split before; load the model afresh$"):
+        refuse_unfit_model(nn.Sequential(nn.Linear(2, 2), nn.Sequential(split)))
+    with pytest.raises(AlreadySplitError, match=r"^the model was split before; load the model afresh$"):
+        refuse_unfit_model(split)
+
+
+@pytest.mark.parametrize("package", [*QUANTIZED_PACKAGES, "torchao.quantization.modules", "optimum.quanto.nn.qlinear"])
+@pytest.mark.parametrize("refuse", [refuse_quantized_model, refuse_unfit_model])
+def test_modules_of_quantizers_are_named(package, refuse):
+    layer = type("QLinear", (nn.Linear,), {"__module__": package})(2, 2)
+    with pytest.raises(AlreadyQuantizedError, match=r"^1\.0 is a quantized QLinear; split first, then quantize$"):
+        refuse(nn.Sequential(nn.Linear(2, 2), nn.Sequential(layer)))
+    with pytest.raises(AlreadyQuantizedError, match=r"^the model is a quantized QLinear"):
+        refuse(layer)
+
+
+class Packed(torch.Tensor):
+    """A weight as backends keep them: a tensor of another class."""
+
+
+def test_quantized_parameters_are_named():
+    model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(2, 2)))
+    model[1][0].bias = nn.Parameter(torch.zeros(2).as_subclass(Packed), requires_grad=False)
+    with pytest.raises(AlreadyQuantizedError, match=r"^1\.0\.bias is a Packed; split first, then quantize$"):
+        refuse_quantized_model(model)
+
+
+def layer(weight, bias=None, name="head"):
+    return Layer((name, "again"), nn.Identity(), LayerPlan("linear", weight, bias))
+
+
+def test_finite_float_weights_are_accepted():
+    refuse_unfit_weights([])
+    large = torch.full((4, 4), torch.finfo(torch.float32).max)  # whose sum is infinite
+    refuse_unfit_weights([layer(torch.ones(2, 2, dtype=dtype), torch.ones(2, dtype=dtype)) for dtype in DTYPES])
+    refuse_unfit_weights([layer(large), layer(torch.ones(2, 2), large)])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "error", "message"),
+    [
+        (torch.ones(2, 2, dtype=torch.int8), InputError, "is torch.int8; a split takes float64, float32, float16, bf"),
+        (torch.ones(2, 2, dtype=torch.complex64), InputError, "is torch.complex64; a split takes"),
+        (torch.ones(2, 2, device="meta"), InputError, "is on the meta device; load the model's weights first"),
+        (torch.tensor([1.0, float("nan"), float("inf")]), SplitFailedError, "has 2 NaN or infinite values; repair"),
+        (torch.tensor([1.0, -float("inf")]), SplitFailedError, "has 1 NaN or infinite values; repair the checkpoint"),
+    ],
+)
+def test_weights_that_cannot_be_split_are_named(tensor, error, message):
+    good = layer(torch.ones(2, 2), torch.ones(2), "good")
+    with pytest.raises(error, match=f"^head.weight {message}"):
+        refuse_unfit_weights([good, layer(tensor)])
+    with pytest.raises(error, match=f"^head.bias {message}"):
+        refuse_unfit_weights([good, layer(torch.ones(2, 2), tensor)])
+    with pytest.raises(error, match=f"^head.bias {message}"):
+        refuse_unfit_weights([layer(torch.ones(2, 2), None, "bare"), layer(torch.ones(2, 2), tensor)])
