@@ -314,8 +314,7 @@ def _library(
     shapes = np.concatenate([*(one.shape for one, _ in found), starts[0]])
     ratios = [one.scale / one.scale.sum(axis=1, keepdims=True) * slack[:, None] for one, slack in found]
     scales = np.concatenate([*ratios, starts[1]])
-    costs = np.empty((len(shapes), len(values)))
-    rank_starts(rules.codes, rules.reach, flags, values, bins, shapes, scales, costs)
+    costs = _ranked(values, rules, flags, bins, shapes, scales)
     best = np.concatenate([one.error for one, _ in found]) / np.abs(values).max(axis=1).astype(np.float64) ** 2
     relative = _relative(costs, best)
     covered = np.full(len(values), 10.0)
@@ -326,6 +325,18 @@ def _library(
         covered = np.minimum(covered, relative[chosen[-1]])
     order = np.unique(chosen)
     return shapes[order], scales[order]
+
+
+def _ranked(values: Array, rules: Rules, flags: Array, bins: int, shapes: Array, scales: Array) -> Array:
+    """Costs [starts, groups] of starts on sample groups."""
+    costs = np.empty((len(shapes), len(values)))
+    step = max(64, -(-len(shapes) // 8))
+
+    def work(rows: slice) -> None:
+        rank_starts(rules.codes, rules.reach, flags, values, bins, shapes[rows], scales[rows], costs[rows])
+
+    in_threads(work, [slice(at, at + step) for at in range(0, len(shapes), step)])
+    return costs
 
 
 def _relative(costs: Array, best: Array) -> Array:
@@ -446,17 +457,12 @@ def _shortlist(
     clipped = bool((rules.reach[:, 4:] > 0.4).all())
     shapes, scales = _starts(len(rules.codes), rules.width, k, effort, effort.slack if clipped else (1.0,))
 
-    def costs(sample: Array) -> Array:
-        out = np.empty((len(shapes), len(sample)))
-        rank_starts(rules.codes, rules.reach, flags, sample, bins, shapes, scales, out)
-        return out
-
     middle = len(values) // 2
-    kept = np.argsort(costs(values[middle : middle + 1])[:, 0], kind="stable")[
+    kept = np.argsort(_ranked(values[middle : middle + 1], rules, flags, bins, shapes, scales)[:, 0], kind="stable")[
         : effort.first_kept * effort.ranking_groups // len(values)
     ]
     shapes, scales = shapes[kept], scales[kept]
-    each = costs(values)
+    each = _ranked(values, rules, flags, bins, shapes, scales)
     relative = _relative(each, each.min(axis=0))
     wanted = max(effort.shortlist, effort.descents_in_all // groups)
     best = np.argsort(relative.mean(axis=1), kind="stable")[:wanted]
