@@ -37,10 +37,10 @@ def small_classifier(seed: int = 0) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)
     config = transformers.BertConfig(
-        hidden_size=64,
+        hidden_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
-        intermediate_size=160,
+        intermediate_size=80,
         vocab_size=120,
         max_position_embeddings=32,
         num_labels=3,

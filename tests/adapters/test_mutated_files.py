@@ -32,7 +32,7 @@ def inc_folder(folder):
     quantization = pytest.importorskip("neural_compressor.torch.quantization")
     from splitquant_inc import load, save
 
-    recipe = SplitQuantPass() + quantization.RTNConfig(bits=4, use_sym=False, group_size=-1)
+    recipe = SplitQuantPass(splitter="residual") + quantization.RTNConfig(bits=4, use_sym=False, group_size=-1)
     save(quantization.convert(quantization.prepare(mlp(), recipe)), folder)
     return lambda: load(folder, mlp())
 

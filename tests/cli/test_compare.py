@@ -89,7 +89,7 @@ def test_methods_without_their_data_name_the_option(
 
 @pytest.mark.parametrize(
     ("options", "bits"),
-    [(["--k", "2"], 4), (["--k", "5"], 8), (["--split", "grid", "--budget", "5.5"], 5)],
+    [(["--k", "2"], 4), (["--split", "kmeans", "--k", "5"], 8), (["--split", "grid", "--budget", "5.5"], 5)],
 )
 def test_equal_storage_adds_plain_rows(
     options: list[str], bits: int, rows_of: Callable[..., list[dict[str, Any]]]

@@ -35,7 +35,7 @@ def test_a_failure_while_saving_names_the_output_and_leaves_nothing(
 
     folder = classifier()
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
-    line = fails("quantize", folder, "--output", tmp_path / "made" / "out")
+    line = fails("quantize", folder, "--split", "residual", "--output", tmp_path / "made" / "out")
     assert f"cannot write {tmp_path / 'made' / 'out'}: No space left on device" in line
     assert not list((tmp_path / "made").iterdir())
 
@@ -50,7 +50,8 @@ def test_a_model_without_a_tokenizer_is_said_to_be_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, output, rows = classifier(vocabulary=vocabulary), tmp_path / "out", tmp_path / "rows.json"
-    assert run(["quantize", str(folder), stream, "--output", str(output), "--json", str(rows)]) == 0
+    quick = ["--split", "residual", "--json", str(rows)]
+    assert run(["quantize", str(folder), stream, "--output", str(output), *quick]) == 0
     (row,) = json.loads(rows.read_text())
     assert row["tokenizer_files"] == (["vocab.txt"] if vocabulary else [])
     assert (output / "vocab.txt").exists() is vocabulary
@@ -77,7 +78,7 @@ def test_the_tokenizer_of_a_hub_model_is_copied_too(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(task, "load_model", lambda: model)
     monkeypatch.setattr(choose, "task_of", lambda name, **_: task)
-    assert run(["quantize", "somebody/model", "--output", str(tmp_path / "out")]) == 0
+    assert run(["quantize", "somebody/model", "--split", "residual", "--output", str(tmp_path / "out")]) == 0
     assert asked == [("somebody/model", True)]
     assert (tmp_path / "out" / "vocab.txt").is_file()
 

@@ -180,9 +180,9 @@ def test_a_checkpoint_in_another_dtype_than_the_configuration_says(checkpoints, 
 
 def test_several_threads_and_a_small_budget_give_the_same(checkpoints, stream, tmp_path, read_all):
     folder = checkpoints.save(checkpoints.llama())
-    stream(folder, "one", splitter="auto", k=2)
-    stream(folder, "two", splitter="auto", k=2, jobs=2, working_bytes=1)
-    stream(folder, "three", splitter="auto", k=2, jobs=-1)
+    stream(folder, "one", weights="int2", splitter="auto", k=2)
+    stream(folder, "two", weights="int2", splitter="auto", k=2, jobs=2, working_bytes=1)
+    stream(folder, "three", weights="int2", splitter="auto", k=2, jobs=-1)
     assert_same_folders(tmp_path / "one", tmp_path / "two", read_all)
     assert_same_folders(tmp_path / "one", tmp_path / "three", read_all)
 

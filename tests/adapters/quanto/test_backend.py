@@ -31,7 +31,7 @@ def quantize(backend, model, weights="int4", first=None):
 def test_a_quantized_model_runs_and_says_what_it_stores(backend, plugins, models, tokens, weights, split):
     model = models.bert()
     reference = copy.deepcopy(model)
-    result = quantize(backend, model, weights, SplitQuantPass(plugins=plugins) if split else None)
+    result = quantize(backend, model, weights, SplitQuantPass(plugins=plugins, splitter="residual") if split else None)
     assert len(result.layers) == 14
     assert result.layers_quantized == (42 if split else 14)
     bits = int(weights[3:])
@@ -131,7 +131,7 @@ def test_its_packages_are_named_where_they_are_missing(backend, monkeypatch):
 
 
 def test_saving_and_loading(backend, plugins, models, tokens, tmp_path):
-    result = quantize(backend, models.bert(), "int2", SplitQuantPass(plugins=plugins))
+    result = quantize(backend, models.bert(), "int2", SplitQuantPass(plugins=plugins, splitter="residual"))
     backend.save(result, tmp_path)
     with torch.no_grad():
         assert torch.equal(backend.load(tmp_path)(tokens).logits, result.model(tokens).logits)
@@ -142,7 +142,7 @@ def test_rows_that_torchs_int4_kernel_cannot_hold_are_an_error_that_names_the_la
     def model(outputs, dtype=torch.bfloat16):
         return nn.Sequential(nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 256), nn.Linear(256, outputs)).to(dtype)
 
-    first = SplitQuantPass(plugins=plugins) if split else None
+    first = SplitQuantPass(plugins=plugins, splitter="residual") if split else None
     unfit = model(24)
     with pytest.raises(ConfigError, match=r"^3: .*multiple of 16 outputs, not 24"):
         quantize(backend, unfit, "int4", first)

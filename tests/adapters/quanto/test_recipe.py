@@ -37,7 +37,10 @@ def quantized_layers(model):
 
 @pytest.fixture
 def recipe(plugins):
+    """The maker of recipes with a pass, by the quickest splitter for the grid, unless told."""
+
     def make(weights="int2", modules_to_not_convert=None, **options):
+        options = {"splitter": "residual", **options}
         config = transformers.QuantoConfig(weights=weights, modules_to_not_convert=modules_to_not_convert)
         return SplitQuantPass(plugins=plugins, **options) + config
 
@@ -45,15 +48,15 @@ def recipe(plugins):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("weights", ["int2", "int4", "int8"])
-def test_from_pretrained_splits_then_quantizes(saved, recipe, plugins, tokens, weights):
-    model = load(saved, recipe(weights))
+@pytest.mark.parametrize(("weights", "splitter"), [("int2", "grid"), ("int4", "residual"), ("int8", "auto")])
+def test_from_pretrained_splits_then_quantizes(saved, recipe, plugins, tokens, weights, splitter):
+    model = load(saved, recipe(weights, splitter=splitter))
     manifest = manifest_of(model)
     assert len(manifest.split) == 14
     assert len(quantized_layers(model)) == 3 * 14
     float_model = load(saved)
     grid = QuantoGrid(int(weights[3:]))
-    plain = SplitQuantPass(plugins=plugins).apply(copy.deepcopy(float_model), grid=grid)
+    plain = SplitQuantPass(plugins=plugins, splitter=splitter).apply(copy.deepcopy(float_model), grid=grid)
     for record in manifest.split:
         for part in record.parts:
             name = f"{record.name}.{part}"

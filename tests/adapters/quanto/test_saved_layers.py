@@ -31,8 +31,9 @@ def quantized(model):
 
 @pytest.fixture
 def split(plugins):
+    """Split, by the quickest splitter for the grid, unless told, and quantize."""
     return lambda model, weights="int2", method="rtn", **options: quantize_after(
-        SplitQuantPass(plugins=plugins, **options), model, weights, method=method
+        SplitQuantPass(plugins=plugins, **{"splitter": "residual", **options}), model, weights, method=method
     )
 
 

@@ -34,8 +34,10 @@ def outputs(model, *inputs):
 
 @pytest.fixture
 def split(plugins):
+    """Split, by the quickest splitter for the grid, unless told, and quantize."""
+
     def make(model, weights="int2", **options):
-        return quantize_after(SplitQuantPass(plugins=plugins, **options), model, weights)
+        return quantize_after(SplitQuantPass(plugins=plugins, **{"splitter": "residual", **options}), model, weights)
 
     return make
 
@@ -53,11 +55,18 @@ def mlp_folder(split, models, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "weights"),
-    [("bert", "int2"), ("bert", "int8"), ("gpt2", "int4"), ("resnet", "int2"), ("resnet", "int8"), ("vit", "int4")],
+    ("name", "weights", "splitter"),
+    [
+        ("bert", "int2", "auto"),
+        ("bert", "int8", "kmeans"),
+        ("gpt2", "int4", "residual"),
+        ("resnet", "int2", "kmeans"),
+        ("resnet", "int8", "auto"),
+        ("vit", "int4", "kmeans"),
+    ],
 )
-def test_models_come_back_with_identical_outputs(split, models, images, tokens, tmp_path, name, weights):
-    model = split(getattr(models, name)(), weights, untie_embeddings=name == "gpt2")
+def test_models_come_back_with_identical_outputs(split, models, images, tokens, tmp_path, name, weights, splitter):
+    model = split(getattr(models, name)(), weights, splitter=splitter, untie_embeddings=name == "gpt2")
     save(model, tmp_path)
     torch.manual_seed(1)
     back = load(tmp_path)
@@ -99,7 +108,7 @@ def test_groups_of_128_in_bfloat16_come_back(split, tmp_path):
     def make():
         return nn.Sequential(nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 4)).to(torch.bfloat16)
 
-    model, x = split(make(), "int4"), torch.randn(3, 256, dtype=torch.bfloat16)
+    model, x = split(make(), "int4", splitter="auto"), torch.randn(3, 256, dtype=torch.bfloat16)
     save(model, tmp_path)
     assert torch.equal(outputs(load(tmp_path, make()), x), outputs(model, x))
 
