@@ -85,6 +85,8 @@ def row_of(name: str, subject: Subject, *, programs: bool) -> dict[str, Any]:
     from splitquant_pt2e.stock_quantizers import STOCK, make
 
     model, images, labels, calibration = subject
+    images, calibration = STOCK[name].ordered([images, calibration])
+    subject = (model, images, labels, calibration)
     size = min(BATCH, len(calibration), len(images))
     reference = torch.cat([model(batch) for batch in images.split(size)])
     k = PARTS.get(name, 2)

@@ -44,8 +44,9 @@ def export_program(
     """Quantize a float model with a target's stock quantizer and lower it to a program.
 
     `model` takes the tensors of a batch by position; the sizes of the first batch are those of the program, and all
-    batches calibrate it. Raises ConfigError for an unknown target, MissingExtraError where its packages are missing,
-    and InputError where torch cannot export the model or the target's compiler refuses it.
+    batches calibrate it. A program for Cortex-M takes images in channels-last order. Raises ConfigError for an unknown
+    target, MissingExtraError where its packages are missing, and InputError where torch cannot export the model or
+    the target's compiler refuses it.
     """
     chosen = target_of(target)
     plain = stock_quantizers.make(chosen.quantizer)
@@ -54,8 +55,10 @@ def export_program(
         from splitquant_pt2e.part_outputs import integer_parts
 
         quantizer = integer_parts(quantizer)
+    stock = stock_quantizers.STOCK[chosen.quantizer]
+    batches = [stock.ordered(batch) for batch in batches]
     example = batches[0]
-    strict = stock_quantizers.STOCK[chosen.quantizer].strict if strict is None else strict
+    strict = stock.strict if strict is None else strict
     with quiet() as said, torch.no_grad():
         graph = _step("torch.export cannot trace the model", lambda: _exported(model, example, strict))
         prepared = _step(f"{type(plain).__name__} cannot annotate the model", lambda: prepare_pt2e(graph, quantizer))

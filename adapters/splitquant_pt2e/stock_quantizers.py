@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from splitquant_plugins.errors import ConfigError, MissingExtraError
 from splitquant_pt2e.integer_scalars import leaving_integers
@@ -20,7 +23,8 @@ class StockQuantizer:
 
     `build` makes it from the module `home`, which belongs to the package `package`; `needs` are other packages.
     `strict`: its patterns match graphs of a strict export without guards only,
-    `torch.export.export(..., strict=True).module(check_guards=False)`.
+    `torch.export.export(..., strict=True).module(check_guards=False)`. `channels_last`: it quantizes convolutions of
+    images in channels-last order only, and leaves others float without a word.
     """
 
     home: str
@@ -29,6 +33,13 @@ class StockQuantizer:
     package: str = "executorch"
     needs: tuple[str, ...] = ()
     strict: bool = False
+    channels_last: bool = False
+
+    def ordered(self, batch: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """A batch as the quantizer needs it: images [batch, channels, height, width] in channels-last order."""
+        if not self.channels_last:
+            return tuple(batch)
+        return tuple(each.contiguous(memory_format=torch.channels_last) if each.ndim == 4 else each for each in batch)
 
 
 def make(name: str) -> Any:
@@ -171,6 +182,7 @@ STOCK: dict[str, StockQuantizer] = {
         lambda home: home.CortexMQuantizer(),
         "Arm Cortex-M, W8A8",
         strict=True,
+        channels_last=True,
     ),
     "cadence": StockQuantizer(
         "executorch.backends.cadence.aot.quantizer.quantizer",

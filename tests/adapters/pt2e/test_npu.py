@@ -80,7 +80,20 @@ def test_a_split_program_is_as_whole_as_a_plain_one(net, split, target):
         assert plain.cycles < parts.cycles < 4 * plain.cycles
     with torch.no_grad():
         wrong = [sum((one.model(image) - net(image)).square().sum() for (image,) in batches) for one in (plain, parts)]
-    assert wrong[1] < 1.07 * wrong[0]  # 0.3 dB
+    if target == "cortex-m":  # rounds sums of parts to 8 bits; `auto` leaves these layers whole, `grid` warns
+        assert wrong[1] < 1.5 * wrong[0]
+    else:
+        assert wrong[1] < 1.07 * wrong[0]  # 0.3 dB
+
+
+def test_images_for_cortex_m_are_in_the_order_that_its_quantizer_knows(net):
+    """Of others it leaves the convolutions float."""
+    if reason := installed("cortex-m"):
+        pytest.skip(reason)
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    program = export_program(net, "cortex-m", None, [(image,) for image in images.split(1)])
+    assert program.host["cortex_m.quantized_conv2d"] == 2
+    assert not any("convolution" in name for name in program.host)
 
 
 def test_what_a_compiler_refuses_is_an_error_that_says_so(split):
