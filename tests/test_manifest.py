@@ -12,7 +12,7 @@ from torch import nn
 
 from splitquant_plugins import Manifest, SplitConfig, SplitQuantPass, manifest_of
 from splitquant_plugins.errors import InputError, SkeletonMismatchError
-from splitquant_plugins.manifest import FILE_NAME, LayerRecord
+from splitquant_plugins.manifest import ATTRIBUTE, FILE_NAME, LayerRecord, manifest_from, set_manifest
 
 
 def test_what_it_records(models):
@@ -124,3 +124,39 @@ def test_folders_may_be_text(models, tmp_path):
     manifest = manifest_of(SplitQuantPass()(models.mlp()))
     assert manifest.save(str(tmp_path)) == tmp_path / FILE_NAME
     assert Manifest.load(str(tmp_path)) == manifest
+
+
+def test_it_is_readable_text(tmp_path):
+    path = Manifest(config=SplitConfig(), version="1").save(tmp_path)
+    assert path.read_text().splitlines()[:3] == ["{", ' "format": 1,', ' "version": "1",']
+
+
+def test_json_that_was_read_already_is_checked_alike():
+    manifest = Manifest(config=SplitConfig(k=2), notes=["a"])
+    assert manifest_from(json.loads(manifest.model_dump_json()), "here") == manifest
+    with pytest.raises(InputError, match=r"^here is damaged or of another version: notes"):
+        manifest_from({"config": {}, "notes": 3}, "here")
+
+
+def test_a_graph_module_keeps_it_in_its_meta():
+    one, other = Manifest(config=SplitConfig(k=2)), Manifest(config=SplitConfig(k=4))
+    model = nn.Linear(2, 2)
+    model.meta = None
+    with pytest.raises(SkeletonMismatchError, match="Linear was not split: it carries no manifest"):
+        manifest_of(model)
+    model.meta = {ATTRIBUTE: {"format": 1}}
+    with pytest.raises(SkeletonMismatchError, match="was not split"):
+        manifest_of(model)
+    model.meta = {ATTRIBUTE: one}
+    assert manifest_of(model) is one
+    setattr(model, ATTRIBUTE, other)
+    assert manifest_of(model) is other
+
+
+def test_it_is_described_to_transformers_when_it_is_set(monkeypatch):
+    told = []
+    monkeypatch.setattr("splitquant_plugins.manifest.describe_to_transformers", lambda *given: told.append(given))
+    model, manifest = nn.Linear(2, 2), Manifest(config=SplitConfig())
+    set_manifest(model, manifest)
+    assert told == [(model, manifest)]
+    assert manifest_of(model) is manifest

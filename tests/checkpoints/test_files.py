@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import secrets
 import stat
+import subprocess
+import sys
 
 import pytest
+from pydantic import BaseModel
 
 from splitquant_plugins.checkpoints.files import (
+    described,
+    read_described,
     read_json,
     refuse_output_file,
     refuse_output_folder,
@@ -21,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("no_leftovers")
 
 
 def test_folders_are_made_and_content_comes_back(tmp_path):
-    path = tmp_path / "a" / "b.json"
+    path = tmp_path / "a" / "b" / "c.json"
     write_json(path, {"word": "Größe", "list": [1, None]})
     assert read_json(path) == {"word": "Größe", "list": [1, None]}
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
@@ -100,3 +106,57 @@ def test_an_input_in_a_folder_with_a_broken_link_is_still_told_apart(tmp_path):
     refuse_output_file(tmp_path / "out", [tmp_path / "in"])
     with pytest.raises(InputError, match="is an input"):
         refuse_output_file(tmp_path / "out", [tmp_path / "out"])
+
+
+def test_json_is_written_in_lines(tmp_path):
+    write_json(tmp_path / "f", {"a": [1], "b": "é"})
+    assert (tmp_path / "f").read_bytes() == b'{\n "a": [\n  1\n ],\n "b": "\\u00e9"\n}\n'
+
+
+def test_text_is_utf_8_whatever_the_locale(tmp_path, python_path):
+    """An interpreter that warns of every default encoding, and makes an error of it."""
+    program = (
+        "import sys; from pathlib import Path; from splitquant_plugins.checkpoints.files import read_json, write_json, "
+        "write_text; path = Path(sys.argv[1]); write_json(path, ['é']); assert read_json(path) == ['é']; "
+        "write_text(path, 'é')"
+    )
+    strict = ["-X", "warn_default_encoding", "-W", "error::EncodingWarning"]
+    subprocess.run([sys.executable, *strict, "-c", program, str(tmp_path / "f")], check=True, env=python_path())
+    assert (tmp_path / "f").read_bytes() == "é".encode()
+
+
+def test_a_temporary_name_that_is_taken_is_not_written_through(tmp_path, monkeypatch):
+    monkeypatch.setattr(secrets, "token_hex", lambda *_: "0" * 8)
+    (tmp_path / "elsewhere").write_text("kept")
+    taken = tmp_path / ".file.00000000"
+    taken.symlink_to("elsewhere")
+    with pytest.raises(OSError, match=r"File exists.*file'$"):
+        write_text(tmp_path / "file", "text")
+    assert (tmp_path / "elsewhere").read_text() == "kept"
+    taken.unlink()
+
+
+def test_what_a_failed_write_has_removed_itself_is_not_missed(tmp_path):
+    def write(temporary):
+        temporary.unlink()
+        raise ValueError("no more room")
+
+    with pytest.raises(ValueError, match="no more room"):
+        write_atomically(tmp_path / "file", write)
+
+
+class Described(BaseModel):
+    rows: list[int]
+    name: str = ""
+
+
+def test_what_json_describes_is_checked(tmp_path):
+    assert described({"rows": [1, 2]}, "here", Described) == Described(rows=[1, 2])
+    with pytest.raises(InputError, match=r"^here is damaged or of another version: rows\.1 Input should be"):
+        described({"rows": [1, "x", "y"], "name": 3}, "here", Described)
+    path = tmp_path / "f.json"
+    write_json(path, {"rows": [3], "name": "n"})
+    assert read_described(path, Described) == Described(rows=[3], name="n")
+    write_json(path, {"name": "n"})
+    with pytest.raises(InputError, match=r"f\.json is damaged or of another version: rows Field required$"):
+        read_described(path, Described)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from splitquant_plugins.checkpoints.tensors import read_tensors, state_bytes, untied_state, write_tensors
-from splitquant_plugins.errors import InputError
+from splitquant_plugins.checkpoints.files import write_json
+from splitquant_plugins.checkpoints.tensors import read_state, read_tensors, state_bytes, untied_state, write_tensors
+from splitquant_plugins.errors import InputError, SkeletonMismatchError
 
 pytestmark = pytest.mark.usefixtures("no_leftovers")
 
@@ -87,3 +88,39 @@ def test_the_file_says_that_it_is_of_torch(tmp_path):
     write_tensors(tmp_path / "f.safetensors", {"a": torch.zeros(2)})
     with safe_open(tmp_path / "f.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}  # transformers reads no file without it
+
+
+def shards(folder):
+    """Two files of a tensor each, and the index that names them."""
+    state = {"a": torch.ones(2), "b": torch.zeros(3)}
+    names = {name: f"model-0000{number}-of-00002.safetensors" for number, name in enumerate(state, 1)}
+    for name, file in names.items():
+        write_tensors(folder / file, {name: state[name]})
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": 20}, "weight_map": names})
+    return state
+
+
+def test_a_state_is_read_from_one_file_or_from_shards(tmp_path):
+    with pytest.raises(InputError, match=r"model\.safetensors does not exist"):
+        read_state(tmp_path, {})
+    state = shards(tmp_path)
+    found = read_state(tmp_path, {"c": "b", "d": "b"})
+    assert found.keys() == {"a", "b", "c", "d"}
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    assert found["c"] is found["b"]
+    assert found["d"] is found["b"]
+    write_tensors(tmp_path / "model.safetensors", {"a": torch.full((2,), 7.0)})  # which goes before the shards
+    assert read_state(tmp_path, {}).keys() == {"a"}
+    found = read_state(tmp_path, {"c": "a"})
+    assert found["a"].tolist() == found["c"].tolist() == [7, 7]
+
+
+@pytest.mark.parametrize(
+    ("same_as", "name", "kept"),
+    [({"a": "b"}, "a", "b"), ({"c": "d", "d": "a"}, "c", "d"), ({"c": "z"}, "c", "z"), ({"c": "c"}, "c", "c")],
+    ids=["stored itself", "shares one that shares", "missing", "itself"],
+)
+def test_names_that_share_nothing_are_refused(tmp_path, same_as, name, kept):
+    shards(tmp_path)
+    with pytest.raises(SkeletonMismatchError, match=f"tensor {name} is to share {kept}, which is not there"):
+        read_state(tmp_path, same_as)
