@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -111,3 +112,79 @@ def test_a_lock_that_is_no_file_is_refused(tmp_path):
     (place.folder / "lock").mkdir()
     with pytest.raises(InputError, match="lock is no file"), place.locked():
         pass
+
+
+def test_two_do_not_work_at_the_same_place_at_once(tmp_path):
+    place = Workplace(tmp_path / "deep" / "out")
+    with place.locked():
+        assert place.folder.is_dir()
+        other = Workplace(tmp_path / "deep" / "out")
+        with pytest.raises(InputError, match=r"out\.partial is being worked on by another"), other.locked():
+            pass
+    with place.locked():  # and again after the other
+        pass
+    (tmp_path / "file").write_text("")
+    other = Workplace(tmp_path / "file" / "out")
+    with pytest.raises(InputError, match=r"cannot write .*out: Not a directory; choose another"), other.locked():
+        pass
+
+
+def test_others_join_the_same_plan_where_they_can_write(tmp_path, monkeypatch):
+    place, plan = Workplace(tmp_path / "out"), {"k": 3, "seed": 0}
+    with pytest.raises(InputError, match=r"plan\.json does not exist"):
+        place.join(plan)
+    place.folder.mkdir()
+    place.begin(plan)
+    Workplace(tmp_path / "out").join(plan)
+    with pytest.raises(InputError, match=r"plan\.json has another seed there; give an --output"):
+        place.join({"k": 3, "seed": 1})
+    for folder in ("model", "done"):
+        for missing in (os.W_OK, os.X_OK):
+
+            def access(path, mode, folder=folder, missing=missing):
+                return path.name != folder or not mode & missing
+
+            monkeypatch.setattr(os, "access", access)
+            with pytest.raises(InputError, match=f"{folder} cannot be written there; start the worker as the same"):
+                place.join(plan)
+
+
+def test_the_parts_of_a_budget_are_kept(tmp_path):
+    place = Workplace(tmp_path / "out")
+    place.folder.mkdir()
+    assert place.parts() is None
+    place.write_parts({"a": 1, "b": 4})
+    assert json.loads((tmp_path / "out.partial" / "parts.json").read_text()) == {"a": 1, "b": 4}
+    assert Workplace(tmp_path / "out").parts() == {"a": 1, "b": 4}
+    place.write_parts({})
+    assert place.parts() == {}
+    for damaged in ("[]", "[1]", '{"a": 1, "b": "2"}', '{"a": 1.5}', "null", "3"):
+        (place.folder / "parts.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"parts\.json is damaged; delete .*out\.partial to begin anew"):
+            place.parts()
+
+
+def test_what_cannot_be_cleared_away_does_not_undo_what_is_published(tmp_path, monkeypatch):
+    place = Workplace(tmp_path / "out")
+    place.folder.mkdir()
+    place.begin({"k": 3})
+    (place.model / "shard").write_bytes(b"abc")
+    gone = place.model / ".gone.partial"  # which another process clears away first
+    monkeypatch.setattr(type(place.model), "glob", lambda self, pattern: [gone] if pattern == ".*.partial" else [])
+
+    def unlink(name, *args, **kwargs):
+        raise PermissionError(name)
+
+    monkeypatch.setattr(os, "rmdir", unlink)
+    place.publish()
+    assert (tmp_path / "out" / "shard").read_bytes() == b"abc"
+
+
+def test_renames_are_flushed_before_the_work_is_cleared_away(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr("splitquant_plugins.streaming.workplace.sync_folder", done.append)
+    place = Workplace(tmp_path / "out")
+    place.folder.mkdir()
+    place.begin({"k": 3})
+    place.publish()
+    assert done == [tmp_path / "out.partial" / "model", tmp_path]
