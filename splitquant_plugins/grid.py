@@ -144,8 +144,6 @@ class UniformGrid(GroupsOfRows):
         high = groups.amax(dim=1, keepdim=True).clamp(min=0)
         if self.scheme == "affine":
             scale = (high - low) / (qmax - qmin)
-        elif self.symmetric_scale == "restricted":
-            scale = torch.maximum(-low, high) / qmax
         else:
             scale = torch.maximum(-low, high) / ((qmax - qmin) / 2)
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -153,7 +151,7 @@ class UniformGrid(GroupsOfRows):
             scale = next_power_of_two(scale)
         if self.scheme == "symmetric":
             return scale, torch.zeros_like(scale)
-        return scale, (qmin - torch.round(low / scale)).clamp(qmin, qmax)
+        return scale, (qmin - torch.round(low / scale)).clamp(max=qmax)  # beyond it where the scale is subnormal
 
     def quantize(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes (as floats) of 2-D `groups`, with their scale and zero point."""

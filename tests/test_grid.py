@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitquant_plugins.errors import ConfigError
-from splitquant_plugins.grid import Grid, UniformGrid
+from splitquant_plugins.grid import Grid, UniformGrid, next_power_of_two
 
 GRIDS = st.builds(
     lambda bits, scheme, granularity, size, scale: UniformGrid(
@@ -90,6 +90,42 @@ def test_symmetric_scales():
     assert lowest_and_highest(UniformGrid(8)) == (-128, 127)
 
 
+@pytest.mark.parametrize(
+    ("grid", "values", "scale", "zero_point"),
+    [
+        (UniformGrid(4), [-0.5, 1.0], 0.1, -3),
+        (UniformGrid(4), [-0.5, -0.25], 0.5 / 15, 7),
+        (UniformGrid(4), [0.25, 0.75], 0.05, -8),
+        (UniformGrid(8, "symmetric"), [-254.0, 1.0], 2.0, 0),
+        (UniformGrid(8, "symmetric"), [0.5, 1.27], 0.01, 0),
+        (UniformGrid(8, "symmetric", symmetric_scale="full"), [-0.1, 2.55], 0.02, 0),
+        (UniformGrid(4, power_of_two_scale=True), [-0.5, 1.0], 0.125, -4),
+        (UniformGrid(4, "symmetric", power_of_two_scale=True), [-0.5, 0.7], 0.125, 0),
+        (UniformGrid(4, "symmetric", power_of_two_scale=True), [-0.5, 0.875], 0.125, 0),
+    ],
+)
+def test_scales_and_zero_points_by_hand(grid, values, scale, zero_point):
+    found = grid.qparams(torch.tensor([values]))
+    assert found[0].item() == pytest.approx(scale)
+    assert found[1].item() == zero_point
+
+
+def test_powers_of_two_are_the_least_that_are_not_below():
+    scales = torch.tensor([1.0, 1.0001, 2.0, 3.0, 0.25, 0.2500001, 1e-30, 2.0**-126])
+    expected = [1.0, 2.0, 2.0, 4.0, 0.25, 0.5, 2.0**-99, 2.0**-126]
+    assert next_power_of_two(scales).tolist() == expected
+    assert next_power_of_two(scales.double()).dtype == torch.float64
+
+
+def test_a_range_of_subnormals_stays_within_the_codes():
+    """Their scale is rounded down by a third, and the zero point and the lowest value would lie beyond the codes."""
+    tensor = torch.tensor([[-4 * 2.0**-149, 0.0]])
+    codes, scale, zero_point = UniformGrid(2).quantize(tensor)
+    assert scale.item() == 2.0**-149
+    assert zero_point.item() == 1
+    assert codes.tolist() == [[-2, 1]]
+
+
 def test_a_range_of_one_sign_is_widened_to_zero():
     tensor = torch.tensor([[5.0, 6.0]])
     scale, zero_point = UniformGrid(2).qparams(tensor)
@@ -125,11 +161,16 @@ def test_stored_bits(grid, shape, bits):
     assert grid.stored_bits(torch.Size(shape)) == bits
 
 
+def test_stored_bits_take_no_memory():
+    assert UniformGrid(2).stored_bits(torch.Size((2**24, 2**24))) == 2**49 + 2**24 * 34
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
         ({"bits": 1}, "2 to 8 bits"),
-        ({"bits": 16}, "2 to 8 bits"),
+        ({"bits": 9}, "2 to 8 bits"),
+        ({"bits": 4.0}, "2 to 8 bits"),
         ({"bits": 4, "scheme": "sym"}, "choose affine or symmetric"),
         ({"bits": 4, "granularity": "row"}, "choose tensor, channel or group"),
         ({"bits": 4, "granularity": "group"}, "group_size"),
