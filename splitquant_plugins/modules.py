@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.parts import sum_parts
@@ -220,9 +222,14 @@ def _version(tensor: Tensor) -> int:
 
 
 def is_tensor_subclass(tensor: Tensor) -> bool:
-    """Whether a tensor is more than a plain tensor or parameter, as backends' quantized ones are."""
+    """Whether a tensor is more than a plain tensor or parameter, as backends' quantized ones are.
+
+    What stands for a plain tensor while a model is exported or compiled is none: to dequantize it would leave a call in
+    the graph, in front of the weight of each part.
+    """
     data = tensor.data if isinstance(tensor, nn.Parameter) else tensor
-    return type(data) not in (Tensor, ReadOnlyTensor) and hasattr(data, "dequantize")
+    plain = (FakeTensor, FunctionalTensor)
+    return type(data) not in (Tensor, ReadOnlyTensor, *plain) and hasattr(data, "dequantize")
 
 
 class SplitLinear(SplitModule):

@@ -117,7 +117,7 @@ def why(tensor: FloatTensor, reasons: Mapping[str, str]) -> str:
     """Why a tensor stays float."""
     if tensor.is_embedding:
         return "an embedding is looked up and not multiplied; no backend here quantizes it"
-    if len(tensor.shape) == 3 and tensor.name.rpartition(".")[2] != "weight":
+    if len(tensor.shape) == 3 and tensor.shape[0] > 1 and tensor.name.rpartition(".")[2] != "weight":
         return (
             f"{tensor.kind} keeps the weights of {tensor.shape[0]} experts as one tensor, which is no layer: neither "
             "the pass nor its backends touch it"

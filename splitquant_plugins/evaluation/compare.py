@@ -19,7 +19,7 @@ from splitquant_plugins.backends import (
 )
 from splitquant_plugins.checkpoints.coverage import coverage, float_tensors, with_reasons
 from splitquant_plugins.decoupleq.decoupleq_pass import DecoupleQPass
-from splitquant_plugins.errors import ConfigError
+from splitquant_plugins.errors import ConfigError, InputError, first_line
 from splitquant_plugins.evaluation.choices import choices
 from splitquant_plugins.evaluation.disk_bits import bits_saved
 from splitquant_plugins.evaluation.metrics import WeightMeasures, measure_weights
@@ -169,7 +169,10 @@ def compare(
 
 def row_of(subject: Subject, run: Run, told: Told = lambda part: None) -> dict[str, Any]:
     """Quantize a copy of the subject and measure it. What does not apply to the subject's kind is None."""
-    model = copy.deepcopy(subject.model)
+    try:
+        model = copy.deepcopy(subject.model)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"{subject.name} cannot be copied, as each row needs it: {first_line(error)}") from None
     tensors = float_tensors(model)
     batches = run.calibration or subject.examples.batches
     with PeakMemory() as memory:

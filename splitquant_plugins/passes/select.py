@@ -152,7 +152,8 @@ def _answer(
 
 def _no_layer(module: nn.Module) -> str:
     """Why a module that holds parameters is no layer to split."""
-    stacked = [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3]
+    parameters = module.named_parameters(recurse=False)  # positions and the like are a stack of one
+    stacked = [name for name, each in parameters if each.ndim == 3 and each.shape[0] > 1]
     if stacked and not isinstance(module, nn.modules.conv._ConvNd):
         return (
             f"{type(module).__name__} keeps the weights of several experts as one tensor ({', '.join(stacked)}), which "

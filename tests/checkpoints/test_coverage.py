@@ -208,3 +208,10 @@ def test_sentences_say_what_is_known():
     row = {"model": "m", **found.model_dump(include={"split_share", "quantized_share", "left_float"})}
     assert sentences(coverage_of(row)) == lines
     assert coverage_of(row).values == 0
+
+
+def test_positions_are_no_experts(models):
+    named = {each.name: why(each, {}) for each in float_tensors(models.vit())}
+    assert named["vit.embeddings.position_embeddings"] == (
+        "no backend quantizes the position_embeddings of a ViTEmbeddings"
+    )

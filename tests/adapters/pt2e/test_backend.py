@@ -105,3 +105,24 @@ def test_other_recipes_are_not_ours(pt2e_plugins):
     from splitquant_pt2e.plugin import splitquant_attach
 
     assert splitquant_attach(None, object()) is None
+
+
+def test_a_parent_that_reads_a_split_weight_leaves_no_call_in_front_of_it(split, nets, images):
+    """ViT asks its patch embedding for its weight's dtype, on the split layer, while the model is exported."""
+    backend = Pt2eBackend()
+    form = backend.resolve(WeightRequest("int4"))
+    batch = {"pixel_values": images}
+    quantized = backend.quantize(nets.vit(), form, split(splitter="grid", k=2, calibration=[batch]), [batch])
+    assert "vit.embeddings.patch_embeddings.projection" in quantized.layers
+    assert not [node for node in quantized.model.graph.nodes if node.target == torch.ops.aten.dequantize.self]
+
+
+def test_models_of_fixed_sizes_are_refused_in_one_line():
+    class Fixed(nn.Linear):
+        def forward(self, input):
+            return super().forward(input.reshape(3, 4))
+
+    backend = Pt2eBackend()
+    form = backend.resolve(WeightRequest("int8"))
+    with pytest.raises(InputError, match="Sequential cannot be exported with a free batch size"):
+        backend.quantize(nn.Sequential(Fixed(4, 4)), form, None, [{"input": torch.ones(3, 4)}])
