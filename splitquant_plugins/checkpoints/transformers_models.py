@@ -188,6 +188,8 @@ def _refuse_missing_folder(model: str) -> None:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"{model} holds no config.json: give a folder with a transformers model, or a Hub id")
+    elif path.suffix == ".py":
+        raise InputError(f"{model} is a Python file: give FILE.py:FUNCTION, a function of it that returns the model")
     elif path.exists():
         raise InputError(f"{model} is no folder: give a folder with a transformers model, or a Hub id")
     elif path.is_absolute() or model.startswith(".") or model.count("/") > 1:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from splitquant_plugins.errors import InputError, first_line, optional
+from splitquant_plugins.evaluation.python_functions import split_function
 
 LONGEST_FIELD = 2**31 - 1  # characters; the csv module's own limit, 131072, is shorter than some texts
 SPLITS = ("test", "validation", "train")
@@ -27,6 +28,7 @@ def read_texts(source: str, *, need_label: bool) -> Iterator[tuple[str, Any]]:
     a folder with a test file of one of these kinds (or validation or train), a folder that the `datasets` library
     saved, or a Hub id.
     """
+    refuse_function(source)
     path = Path(source)
     if path.is_dir():
         if is_saved_dataset(path):
@@ -53,6 +55,12 @@ def read_texts(source: str, *, need_label: bool) -> Iterator[tuple[str, Any]]:
         raise InputError(f"no such data: {source} is neither a file, nor a folder, nor a Hub id")
     else:
         yield from _dataset_rows(load_dataset(source), source, need_label=need_label)
+
+
+def refuse_function(source: str) -> None:
+    """Raise InputError for FILE.py:FUNCTION, whose data are for modules."""
+    if split_function(source) is not None:
+        raise InputError(f"{source}: functions give data for modules, FILE.py:FUNCTION, alone; give a file or a folder")
 
 
 def is_saved_dataset(path: Path) -> bool:

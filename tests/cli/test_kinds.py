@@ -165,6 +165,8 @@ def test_mistakes_are_one_line(language_model: Any, module_file: Path, documents
     assert "20 inputs and 2 labels" in fails("compare", model, *SIMULATED, "--data", f"{module_file}:few_labels")
     assert "--context is for language models" in fails("compare", model, "--data", model, "--context", 4)
     assert "has to return a torch.nn.Module" in fails("inspect", f"{module_file}:inputs")
+    assert "give FILE.py:FUNCTION" in fails("inspect", module_file)
+    assert "functions give data for modules" in fails(*language, f"{module_file}:inputs")
     assert "an input of this command" in fails("inspect", model, "--json", module_file)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from splitquant_plugins.checkpoints.transformers_models import load_config, load_image_processor, load_model
 from splitquant_plugins.errors import InputError, first_line, optional
 from splitquant_plugins.evaluation.kept import Kept
-from splitquant_plugins.evaluation.rows import SPLITS, is_saved_dataset, load_dataset
+from splitquant_plugins.evaluation.rows import SPLITS, is_saved_dataset, load_dataset, refuse_function
 from splitquant_plugins.evaluation.scores import ClassScore
 from splitquant_plugins.evaluation.tasks.base import CALIBRATION_INPUTS, Examples, Kind, Task
 from splitquant_plugins.evaluation.tasks.text_classification import CLASS_MEASURES, OWN_TEXT
@@ -92,6 +92,7 @@ class ImageClassification(Task):
 
 def _pictures(source: str, *, need_label: bool, limit: int | None) -> list[Picture]:
     """Find pictures: in folders of classes, of which each gives one in turn, in one folder, or in a dataset."""
+    refuse_function(source)
     path = Path(source)
     if path.is_file():
         raise InputError(f"{source} is a file: give a folder that has a folder of PNG or JPEG files for each class")
