@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from splitquant_plugins.checkpoints.headers import DTYPES, TensorSpec, longest_header, read_header
+from splitquant_plugins.checkpoints.headers import DTYPES, TensorSpec, header_bytes, longest_header, read_header
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.streaming.writer import ShardWriter
 
@@ -137,3 +137,21 @@ def test_files_that_are_no_safetensors(tmp_path, raw):
     (tmp_path / "x").write_bytes(raw)
     with pytest.raises(InputError, match="truncated, damaged or no safetensors file"):
         read_header(tmp_path / "x")
+
+
+def test_a_header_byte_for_byte():
+    described = {"é": (TensorSpec(torch.float32, (2, 1)), 16), "b": (TensorSpec(torch.int8, ()), 24)}
+    text = (
+        '{"__metadata__":{"format":"pt"},"é":{"dtype":"F32","shape":[2,1],"data_offsets":[16,24]},'
+        '"b":{"dtype":"I8","shape":[],"data_offsets":[24,25]}}'
+    ).encode()
+    whole = 8 + len(text) + -len(text) % 8
+    assert whole > 8 + len(text)
+    for length, expected in ((None, whole), (whole, whole), (whole + 8, whole + 8)):
+        assert header_bytes(described, length) == (expected - 8).to_bytes(8, "little") + text.ljust(expected - 8)
+    with pytest.raises(ValueError, match=f"the header takes {whole} bytes of {whole - 8}"):
+        header_bytes(described, whole - 8)
+    assert len(header_bytes({})) == 8 + 32  # of 31 characters
+    assert longest_header([("b", TensorSpec(torch.int8, (5,)))]) == len(
+        header_bytes({"b": (TensorSpec(torch.int8, (5,)), 5)})
+    )

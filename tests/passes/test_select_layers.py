@@ -188,6 +188,13 @@ class Experts(nn.Module):
 
 
 def test_experts_in_one_tensor_are_named():
+    outer = Experts(2)
+    outer.inner = Experts(3)
+    assert names_of(select(outer))[1] == {
+        "": "Experts is of no type that a plugin splits",
+        "inner": "Experts keeps the weights of several experts as one tensor (w0), which is no layer; it is of no type "
+        "that a plugin splits",
+    }
     ignored = names_of(select(nn.Sequential(Experts(3, 2, 3), Experts(2, 4), nn.Conv1d(2, 2, 1))))[1]
     assert ignored == {
         "0": "Experts keeps the weights of several experts as one tensor (w0, w2), which is no layer; it is of no "
