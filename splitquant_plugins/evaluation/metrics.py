@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.backends import Batch, QuantizedModel
+from splitquant_plugins.backends import QuantizedModel
 from splitquant_plugins.passes.fold_batchnorm import fold_batchnorms
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d
 
@@ -57,17 +57,6 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int, batch_size: 
         )
         for start in range(0, len(texts), batch_size)
     ]
-
-
-@torch.no_grad()
-def logits_of(run: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> Tensor:
-    """Return the logits [n, labels] of all batches, in float64."""
-    return torch.cat([run(batch).detach().to(torch.float64) for batch in batches])
-
-
-def accuracy(logits: Tensor, labels: Sequence[int]) -> float:
-    """Share of rows whose largest logit is that of the label."""
-    return float((logits.argmax(-1) == torch.tensor(labels)).double().mean())
 
 
 def sqnr_db(reference: Tensor, other: Tensor) -> float:

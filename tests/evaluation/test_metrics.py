@@ -12,19 +12,13 @@ from torch import nn
 
 from splitquant_plugins.backends import QuantizedModel, StoredWeight
 from splitquant_plugins.evaluation.metrics import (
-    accuracy,
+    LayerMeasures,
     linear_weights,
-    logits_of,
     measure_weights,
     ratio_db,
     sqnr_db,
     tokenize,
 )
-
-# Four inputs, of labels 0, 1, 2, 2.
-REFERENCE = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0], [0.0, 1.0, 4.0], [5.0, 0.0, 1.0]])
-LOGITS = torch.tensor([[3.0, 1.0, 0.0], [2.0, 0.0, 1.0], [1.0, 2.0, 0.0], [0.0, 1.0, 5.0]])
-LABELS = [0, 1, 2, 2]
 
 
 def float_model() -> nn.Sequential:
@@ -36,7 +30,7 @@ def float_model() -> nn.Sequential:
 
 
 def quantized_as(layers: dict[str, list[StoredWeight]]) -> QuantizedModel:
-    return QuantizedModel(nn.Module(), lambda batch: LOGITS, layers, state_bytes=77)
+    return QuantizedModel(nn.Module(), lambda batch: torch.zeros(1, 2), layers, state_bytes=77)
 
 
 def test_measures_of_a_model_of_which_one_layer_is_quantized_in_two_parts() -> None:
@@ -48,6 +42,7 @@ def test_measures_of_a_model_of_which_one_layer_is_quantized_in_two_parts() -> N
     assert found.linear_bytes == math.ceil((17 + 3 * 32) / 8)
     assert found.model_bytes == 77
     assert found.layers_quantized == 2
+    assert found.layers == (LayerMeasures("0", pytest.approx(10 * math.log10(30 / 0.5)), 17 / 4),)
 
 
 def test_weights_are_put_together_over_all_layers() -> None:
@@ -59,6 +54,10 @@ def test_weights_are_put_together_over_all_layers() -> None:
     assert found.weight_sqnr_db == pytest.approx(10 * math.log10((30 + 9) / (1 + 4)))
     assert found.linear_bits_per_weight == 2.0
     assert (found.linear_bytes, found.layers_quantized) == (2, 2)
+    first, second = (
+        LayerMeasures(name, pytest.approx(10 * math.log10(r)), 2.0) for name, r in (("0", 30), ("2", 9 / 4))
+    )
+    assert found.layers == (first, second)
 
 
 def test_a_layer_that_stays_float_counts_with_the_bits_of_its_dtype() -> None:
@@ -96,19 +95,6 @@ def test_the_ratio_of_tensors_is_in_float64() -> None:
     assert sqnr_db(reference, reference * torch.tensor([1.0, 0.0])) == pytest.approx(10 * math.log10(25 / 16))
 
 
-def test_accuracy_is_the_share_of_largest_logits() -> None:
-    assert accuracy(REFERENCE, LABELS) == 0.75
-
-
-def test_logits_are_those_of_all_batches_in_order_without_gradients() -> None:
-    weight = torch.ones(2, requires_grad=True)
-    batches = [{"x": torch.tensor([[1.0, 2.0]])}, {"x": torch.tensor([[3.0, 4.0], [5.0, 6.0]])}]
-    found = logits_of(lambda batch: batch["x"] * weight, batches)
-    assert found.dtype == torch.float64
-    assert not found.requires_grad
-    assert found.tolist() == [[1, 2], [3, 4], [5, 6]]
-
-
 def test_texts_are_tokenized_in_batches_padded_and_cut() -> None:
     seen = []
 
@@ -141,3 +127,29 @@ def test_weights_that_are_stored_transposed_are_measured_with_outputs_first(monk
     assert weights["0"].tolist() == [[0, 3], [1, 4], [2, 5]]
     assert torch.equal(weights["1"], model[1].weight)
     assert not weights["0"].requires_grad
+
+
+def test_a_convolution_is_measured_against_the_folded_weight_where_that_is_what_is_stored() -> None:
+    model = nn.Sequential(nn.Conv1d(1, 2, 1, bias=False), nn.BatchNorm1d(2, eps=0), nn.Linear(2, 2)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[[1.0]], [[-2.0]]]))
+        model[1].weight.copy_(torch.tensor([3.0, 0.5]))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    linear = StoredWeight(model[2].weight.detach() * 2, 4)
+    for stored, expected in (
+        (torch.tensor([[1.0], [-2.0]]), 300.0),
+        (torch.tensor([[3.0], [-1.0]]), 300.0),
+        (torch.tensor([[3.0], [-1.5]]), 10 * math.log10(10 / 0.25)),
+        (torch.tensor([[1.0], [-2.5]]), 10 * math.log10(5 / 0.25)),
+    ):
+        found = measure_weights(quantized_as({"0": [StoredWeight(stored, 4)], "2": [linear]}), model)
+        assert found.layers[0].weight_sqnr_db == pytest.approx(expected, rel=1e-4)
+        assert found.layers[1].weight_sqnr_db == pytest.approx(0.0, abs=1e-6)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_layers_of_zeros_have_a_ratio_too() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    nn.init.zeros_(model[0].weight)
+    for stored, expected in ((torch.zeros(2, 2), 300.0), (torch.ones(2, 2), -300.0)):
+        assert measure_weights(quantized_as({"0": [StoredWeight(stored, 4)]}), model).weight_sqnr_db == expected
