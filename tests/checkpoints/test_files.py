@@ -121,7 +121,9 @@ def test_text_is_utf_8_whatever_the_locale(tmp_path, python_path):
         "write_text(path, 'é')"
     )
     strict = ["-X", "warn_default_encoding", "-W", "error::EncodingWarning"]
-    subprocess.run([sys.executable, *strict, "-c", program, str(tmp_path / "f")], check=True, env=python_path())
+    subprocess.run(
+        [sys.executable, *strict, "-c", program, str(tmp_path / "f")], check=True, env=python_path(), cwd=tmp_path
+    )
     assert (tmp_path / "f").read_bytes() == "é".encode()
 
 
