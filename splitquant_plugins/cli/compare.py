@@ -122,7 +122,7 @@ def compare(
     from splitquant_plugins.evaluation.pages.compare_page import compare_page
     from splitquant_plugins.evaluation.subject import load_task_subject
     from splitquant_plugins.evaluation.tasks.choose import task_of
-    from splitquant_plugins.evaluation.tasks.language_model import HEAD_REASON
+    from splitquant_plugins.evaluation.tasks.language_model import head_sentences
     from splitquant_plugins.evaluation.thresholds import failures, parse_thresholds, refuse_unmeasured
     from splitquant_plugins.plugins import Plugins
     from splitquant_plugins.progress import estimating
@@ -161,10 +161,8 @@ def compare(
     split = [row for row in rows if row["split"] != "none"] or rows
     least = min(split, key=lambda row: row["quantized_share"])
     click.echo(f"{least['backend']} {least['weights']} {least['split']}:")
-    for line in sentences(coverage_of(least)):
+    for line in (*sentences(coverage_of(least)), *head_sentences(least)):
         click.echo(line)
-    for name in least["ignored"]:
-        click.echo(f"{name} stays float: {HEAD_REASON}")
     report.write_rows(json_path, rows)
     if html_path is not None:
         write_text(html_path, compare_page(f"{model} on {data}", _measured_on(rows[0]), rows, shown))

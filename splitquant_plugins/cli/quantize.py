@@ -71,7 +71,7 @@ def quantize(
     from splitquant_plugins.checkpoints.coverage import coverage_of, sentences
     from splitquant_plugins.evaluation.compare import DECOUPLEQ
     from splitquant_plugins.evaluation.tasks.choose import task_of
-    from splitquant_plugins.evaluation.tasks.language_model import HEAD_REASON
+    from splitquant_plugins.evaluation.tasks.language_model import head_sentences
     from splitquant_plugins.plugins import Plugins
     from splitquant_plugins.streaming.quantize_model import quantize_model
 
@@ -105,10 +105,8 @@ def quantize(
         ("quantize_seconds", "quantize s", report.two_decimals),
     )
     report.print_table(f"{model} in {output}: {backend} {weights}, split {splitter}", [row], columns)
-    for line in sentences(coverage_of(row)):
+    for line in (*sentences(coverage_of(row)), *head_sentences(row)):
         click.echo(line)
-    for name in row["ignored"]:
-        click.echo(f"{name} stays float: {HEAD_REASON}")
     if not row["tokenizer_files"] and task.has_tokenizer:
         click.echo(f"{model} has no tokenizer files, and so {output} has none; the model itself is complete")
     report.write_rows(json_path, [row])

@@ -11,6 +11,7 @@ from splitquant_plugins.evaluation.pages.html_page import details, heading, lege
 from splitquant_plugins.evaluation.pages.layer_errors import layer_errors
 from splitquant_plugins.evaluation.pages.trade_off import Point, Quality, draw_trade_off, pareto_front
 from splitquant_plugins.evaluation.tables import Column, percent, text, whole
+from splitquant_plugins.evaluation.tasks.language_model import head_sentences
 
 UNSPLIT = "none"
 DIVERGENCE = Quality(
@@ -103,10 +104,7 @@ def _left(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     found = [heading("Left whole or float, and why")]
     for number, row in enumerate(rows):
         lines = [{"layer": each["layer"], "why": each["why"]} for each in row["choices"] if each["chosen"] == WHOLE]
-        content = "".join(paragraph(line) for line in sentences(coverage_of(row)))
-        content += "".join(
-            paragraph(f"{name} stays float, as the head of a language model.") for name in row["ignored"]
-        )
+        content = "".join(paragraph(line) for line in (*sentences(coverage_of(row)), *head_sentences(row)))
         if lines:
             columns = (("layer", "stays whole", text), ("why", "why", text))
             content += table(lines, columns, long=("layer", "why"))

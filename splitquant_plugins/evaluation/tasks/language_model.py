@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +113,12 @@ def head_of(model: nn.Module) -> str | None:
     return (
         next((name for name, module in model.named_modules() if module is found), None) if found is not None else None
     )
+
+
+def head_sentences(row: Mapping[str, Any]) -> list[str]:
+    """Say of a row's heads that they stay float, where its coverage does not: tied ones count as their embedding."""
+    named = {each["tensor"].rpartition(".")[0] for each in row["left_float"]}
+    return [f"{name} stays float: {HEAD_REASON}" for name in row["ignored"] if name not in named]
 
 
 def windows(tokens: Sequence[int], context: int, stride: int) -> Iterator[Window]:
