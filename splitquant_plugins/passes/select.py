@@ -145,7 +145,7 @@ def _answer(
         return Skip("it has no values")
     reason = reason_to_ignore(names, config, ignore)
     if reason is None and not config.untie_embeddings:
-        tied = [embeddings[id(p)] for p in module.parameters(recurse=False) if id(p) in embeddings]
+        tied = [embeddings[id(p)] for p in module.parameters() if id(p) in embeddings]
         reason = tied_reason(tied[0]) if tied else None
     return answer if reason is None else Skip(reason)
 

@@ -129,10 +129,11 @@ def test_weights_that_are_stored_transposed_are_measured_with_outputs_first(monk
     assert not weights["0"].requires_grad
 
 
-def test_a_convolution_is_measured_against_the_folded_weight_where_that_is_what_is_stored() -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.125])
+def test_a_convolution_is_measured_against_the_folded_weight_where_that_is_what_is_stored(scale: float) -> None:
     model = nn.Sequential(nn.Conv1d(1, 2, 1, bias=False), nn.BatchNorm1d(2, eps=0), nn.Linear(2, 2)).eval()
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[[1.0]], [[-2.0]]]))
+        model[0].weight.copy_(scale * torch.tensor([[[1.0]], [[-2.0]]]))
         model[1].weight.copy_(torch.tensor([3.0, 0.5]))
     state = {name: value.clone() for name, value in model.state_dict().items()}
     linear = StoredWeight(model[2].weight.detach() * 2, 4)
@@ -141,8 +142,9 @@ def test_a_convolution_is_measured_against_the_folded_weight_where_that_is_what_
         (torch.tensor([[3.0], [-1.0]]), 300.0),
         (torch.tensor([[3.0], [-1.5]]), 10 * math.log10(10 / 0.25)),
         (torch.tensor([[1.0], [-2.5]]), 10 * math.log10(5 / 0.25)),
+        (torch.tensor([[2.0], [-1.5]]), 10 * math.log10(10 / 1.25)),  # as far from both, and the folded one is larger
     ):
-        found = measure_weights(quantized_as({"0": [StoredWeight(stored, 4)], "2": [linear]}), model)
+        found = measure_weights(quantized_as({"0": [StoredWeight(scale * stored, 4)], "2": [linear]}), model)
         assert found.layers[0].weight_sqnr_db == pytest.approx(expected, rel=1e-4)
         assert found.layers[1].weight_sqnr_db == pytest.approx(0.0, abs=1e-6)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

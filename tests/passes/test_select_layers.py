@@ -163,6 +163,13 @@ def test_weights_of_embeddings_are_ignored_unless_they_are_to_be_untied():
     assert names_of(select(tied(), exclude=("1",)))[1]["1"] == "an exclude pattern matches it"
 
 
+def test_a_weight_of_an_embedding_within_a_chosen_block_is_found():
+    model = nn.ModuleDict({"words": nn.Embedding(2, 2), "block": Block()})
+    model["block"].inner.weight = model["words"].weight
+    assert names_of(select(model))[1]["block"] == tied_reason("words")
+    assert names_of(select(model, untie_embeddings=True))[0] == [("block",)]
+
+
 def test_what_has_no_values_is_ignored_and_what_has_no_parameters_is_refused():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = nn.Parameter(torch.zeros(0, 2))
