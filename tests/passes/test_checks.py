@@ -12,6 +12,7 @@ from splitquant_plugins import LayerPlan, Manifest, SplitConfig
 from splitquant_plugins.errors import AlreadyQuantizedError, AlreadySplitError, InputError, SplitFailedError
 from splitquant_plugins.manifest import ATTRIBUTE, LayerRecord
 from splitquant_plugins.modules import SplitActivation, SplitLinear
+from splitquant_plugins.passes import checks
 from splitquant_plugins.passes.checks import (
     QUANTIZED_PACKAGES,
     check_parts,
@@ -134,6 +135,19 @@ def test_parts_that_are_not_contiguous_are_checked_too():
     parts[1][2, 3] += 1
     with pytest.raises(SplitFailedError):
         check_parts("w", tensor, parts, 2)
+
+
+def test_large_tensors_are_checked_in_pieces_and_others_at_once(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(checks, "_sum_is_close", lambda tensor, parts: sizes.append(tensor.numel()) or True)
+    tensor = torch.randn(3, 30_000)
+    check_parts("w", tensor, [tensor], 1)
+    assert len(sizes) > 1
+    assert sum(sizes) == tensor.numel()
+    sizes.clear()
+    check_parts("w", tensor, [tensor.t().contiguous().t()], 1)
+    check_parts("w", tensor.to("meta"), [tensor.to("meta")], 1)
+    assert sizes == [tensor.numel()] * 2
 
 
 def test_a_wrong_value_is_found_anywhere_in_a_large_tensor(monkeypatch):
