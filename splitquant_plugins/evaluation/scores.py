@@ -101,7 +101,7 @@ class TokenScore:
             "agreement": self._same / self._tokens,
             "logit_sqnr_db": ratio_db(self._signal, self._noise),
             "perplexity": math.exp(mean) if mean < math.log(LARGEST) else LARGEST,
-            "kl": _finite(max(0.0, self._divergence / self._tokens)),
+            "kl": max(0.0, _finite(self._divergence / self._tokens)),  # max(0, NaN) is 0
             "tokens": self._tokens,
         }
 

@@ -79,3 +79,43 @@ def test_figures_are_finite_whatever_the_model_computes() -> None:
         found = score.figures()
         assert found["perplexity"] == LARGEST
         assert all(math.isfinite(number) for number in found.values())
+
+
+def test_what_is_no_number_is_as_far_from_the_float_model_as_can_be() -> None:
+    for value in (math.nan, math.inf, -math.inf):
+        score = TokenScore()
+        score.add(torch.zeros(1, 1, 2), torch.tensor([[[value, 0.0]]]), torch.tensor([[1]]))
+        assert score.figures()["kl"] == LARGEST
+
+
+def test_tokens_add_up_over_batches_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    reference, logits = torch.randn(3, 5, 4), torch.randn(3, 5, 4)
+    target = torch.randint(4, (3, 5))
+    target[1, 2] = NOT_COUNTED
+    counted = target != NOT_COUNTED
+    one, other = reference[counted].double(), logits[counted].double()
+    expected = {
+        "agreement": float((one.argmax(1) == other.argmax(1)).double().mean()),
+        "logit_sqnr_db": float(10 * torch.log10(one.square().sum() / (one - other).square().sum())),
+        "perplexity": math.exp(float(torch.nn.functional.cross_entropy(other, target[counted]))),
+        "kl": float((one.softmax(1) * (one.log_softmax(1) - other.log_softmax(1))).sum() / 14),
+        "tokens": 14,
+    }
+    assert 0 < expected["agreement"] < 1
+    split, sizes = torch.split, []
+    monkeypatch.setattr(torch, "split", lambda tensor, size: sizes.append(size) or split(tensor, size))
+    for chunk, rows in ((1 << 22, 1 << 20), (8, 2), (1, 1)):
+        monkeypatch.setattr("splitquant_plugins.evaluation.scores._CHUNK", chunk)
+        sizes.clear()
+        score = TokenScore()
+        for number in range(3):
+            score.add(reference[number : number + 1], logits[number : number + 1], target[number : number + 1])
+        assert score.figures() == pytest.approx(expected)
+        assert set(sizes) == {rows}
+
+
+def test_two_classes_are_classes_and_one_is_none() -> None:
+    pairs = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert classes(pairs, pairs.flip(1), torch.tensor([0, 0]))["accuracy"] == 0.5
+    assert classes(pairs, pairs.flip(1), None)["agreement"] == 0.0

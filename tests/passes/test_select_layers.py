@@ -195,6 +195,10 @@ class Experts(nn.Module):
 
 
 def test_experts_in_one_tensor_are_named():
+    single = nn.Sequential(Experts())
+    for shape, stacked in (((1, 4, 4), False), ((2, 1, 4), True), ((2, 4, 4), True)):
+        single[0].w = nn.Parameter(torch.zeros(shape))
+        assert ("several experts" in names_of(select(single))[1]["0"]) == stacked
     outer = Experts(2)
     outer.inner = Experts(3)
     assert names_of(select(outer))[1] == {
