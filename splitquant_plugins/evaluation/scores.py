@@ -88,9 +88,9 @@ class TokenScore:
             before, after = one.double(), other.double()
             self._signal += float(before.square().sum())
             self._noise += float((before - after).square().sum())
-            self._same += int((before.argmax(-1) == after.argmax(-1)).sum())
-            before, after = before.log_softmax(-1), after.log_softmax(-1)
-            self._surprise -= float(after.gather(-1, wanted[:, None]).sum())
+            self._same += int((before.argmax(1) == after.argmax(1)).sum())
+            before, after = before.log_softmax(1), after.log_softmax(1)
+            self._surprise -= float(after.gather(1, wanted[:, None]).sum())
             self._divergence += float(torch.nn.functional.kl_div(after, before, reduction="sum", log_target=True))
             self._tokens += len(wanted)
 

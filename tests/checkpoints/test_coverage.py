@@ -129,11 +129,11 @@ def by_hand(*layers: LayerRecord) -> Manifest:
 
 TENSORS = [
     *(tensor("a.weight", 500), tensor("a.bias", 5), tensor("b.weight", 300), tensor("b.bias", 4)),
-    *(tensor("c.weight", 191), tensor("empty.weight", 0)),
+    *(tensor("c.inner.weight", 191), tensor("empty.weight", 0)),
 ]
 LAYERS = [
     LayerRecord(name="z", kind="linear", action="split", also_known_as=("a",)),
-    LayerRecord(name="y", kind="linear", action="kept", also_known_as=("c",), reason="it is round"),
+    LayerRecord(name="y", kind="linear", action="kept", also_known_as=("c.inner",), reason="it is round"),
 ]
 
 
@@ -146,9 +146,9 @@ def test_shares_by_hand():
     assert records == [
         ("a.bias", (5,), 5, "it was split, and the backend left its parts float"),
         ("b.weight", (300,), 300, of_no_layer.format("weight")),
-        ("c.weight", (191,), 191, "it is round"),
+        ("c.inner.weight", (191,), 191, "it is round"),
     ]
-    found = coverage(TENSORS, {"b", "c"}, by_hand(*LAYERS))
+    found = coverage(TENSORS, {"b", "c.inner"}, by_hand(*LAYERS))
     assert (found.split_share, found.quantized_share) == (0.5, 0.491)
     assert [each.tensor for each in found.left_float] == ["a.weight", "a.bias"]
     assert {each.reason for each in found.left_float} == {"it was split, and the backend left its parts float"}
@@ -182,9 +182,9 @@ def test_what_a_backend_quantized_is_noted_where_the_float_model_is_known():
 
 def test_reasons_of_layers_that_stay_float_may_be_given_later():
     found = coverage(TENSORS, [], None)
-    given = with_reasons(found, {"b": "it is blue", "weight": "x", "": "y"})
+    given = with_reasons(found, {"b": "it is blue", "c.inner": "it is red", "c": "w", "weight": "x", "": "y"})
     before, after = ({each.tensor: each.reason for each in one.left_float} for one in (found, given))
-    assert after == {**before, "b.weight": "it is blue"}
+    assert after == {**before, "b.weight": "it is blue", "c.inner.weight": "it is red"}
     assert (given.values, given.split_share) == (found.values, found.split_share)
     assert before["b.weight"] != "it is blue"
 
@@ -193,10 +193,13 @@ def test_why_a_tensor_stays_float():
     assert why(tensor("a.weight", 9, is_embedding=True), {"a": "r"}).startswith("an embedding is looked up")
     assert why(tensor("a.weight", 9), {"a": "r"}) == "r"
     assert why(tensor("a.inner.bias", 9, "Conv2d"), {"a": "r"}) == "no backend quantizes the bias of a Conv2d"
-    for name, shape, experts in (("a.w", (4, 2, 3), True), ("a.weight", (4, 2, 3), False), ("a.w", (4, 2), False)):
-        found = why(FloatTensor(name, "a", "Experts", shape, 24, False), {"a": "r"})
-        assert found.startswith("Experts keeps the weights of 4 experts as one tensor") == experts
-        assert (found == "r") != experts
+    for name, shape, experts in (
+        *(("a.b.w", (4, 2, 3), 4), ("a.b.w", (2, 1, 3), 2), ("a.b.w", (1, 4, 4), 0), ("a.b.w", (4, 2), 0)),
+        *(("a.b.weight", (4, 2, 3), 0), ("weight", (4, 2, 3), 0)),
+    ):
+        found = why(FloatTensor(name, "a.b", "Experts", shape, 24, False), {"a.b": "r"})
+        assert found.startswith(f"Experts keeps the weights of {experts} experts as one tensor") == bool(experts)
+        assert (found == "r") != bool(experts)
 
 
 def test_sentences_say_what_is_known():

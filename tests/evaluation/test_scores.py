@@ -119,3 +119,8 @@ def test_two_classes_are_classes_and_one_is_none() -> None:
     pairs = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     assert classes(pairs, pairs.flip(1), torch.tensor([0, 0]))["accuracy"] == 0.5
     assert classes(pairs, pairs.flip(1), None)["agreement"] == 0.0
+
+
+def test_tokens_need_those_that_come_next() -> None:
+    with pytest.raises(AssertionError, match=r"^tokens are measured by those that come next"):
+        TokenScore().add(torch.zeros(1, 1, 2), torch.zeros(1, 1, 2), None)
