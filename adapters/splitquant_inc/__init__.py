@@ -1,4 +1,4 @@
-"""SplitQuant for Intel Neural Compressor 3.x: RTN, GPTQ and HQQ weights, and W8A8 through its export path."""
+"""SplitQuant for Intel Neural Compressor 3.x: RTN, GPTQ, HQQ, AWQ and AutoRound weights, and W8A8 exported graphs."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -7,6 +7,8 @@ from typing import Any
 
 from neural_compressor.common.base_config import ComposableConfig
 from neural_compressor.torch.quantization.config import (
+    AutoRoundConfig,
+    AWQConfig,
     DynamicQuantConfig,
     GPTQConfig,
     HQQConfig,
@@ -14,13 +16,15 @@ from neural_compressor.torch.quantization.config import (
     RTNConfig,
 )
 
+from splitquant_inc.auto_round import AutoRoundRecipe
 from splitquant_inc.exported import ExportedRecipe
 from splitquant_inc.recipe import JOINED, PassFirst, recipe_class
+from splitquant_inc.unsupported import reason_against
 from splitquant_inc.weight_only import WeightOnlyRecipe
 from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.passes.base import ModelPass
 
-WEIGHT_ONLY = (RTNConfig, GPTQConfig, HQQConfig)
+WEIGHT_ONLY = (RTNConfig, GPTQConfig, HQQConfig, AWQConfig)
 EXPORTED = (INT8StaticQuantConfig, DynamicQuantConfig)
 
 
@@ -34,18 +38,21 @@ def attach(first: ModelPass, recipe: Any) -> Any:
     if isinstance(recipe, ComposableConfig):
         raise ConfigError(f"a pass + ComposableConfig: {JOINED}")
     kind = type(recipe)
-    if kind in WEIGHT_ONLY:
+    if kind in (*WEIGHT_ONLY, AutoRoundConfig):
         if first.splits_activations:
             raise ConfigError(
                 f"activations=True with {kind.__name__}, which quantizes weights only: leave it out, or use "
                 "StaticQuantConfig"
             )
-        mixin: type[PassFirst] = WeightOnlyRecipe
+        mixin: type[PassFirst] = AutoRoundRecipe if kind is AutoRoundConfig else WeightOnlyRecipe
     elif kind in EXPORTED:
         mixin = ExportedRecipe
     else:
-        known = ", ".join(config.__name__ for config in (*WEIGHT_ONLY, *EXPORTED))
-        raise ConfigError(f"no pass can be attached to a {kind.__name__}: the inc adapter supports {known}")
+        known = ", ".join(config.__name__ for config in (*WEIGHT_ONLY, AutoRoundConfig, *EXPORTED))
+        raise ConfigError(
+            f"no pass can be attached to a {kind.__name__}: {reason_against(kind.__name__)}; the inc adapter "
+            f"supports {known}"
+        )
     new: Any = object.__new__(recipe_class(mixin, first, kind))
     new.__dict__.update(copy.deepcopy(recipe.__dict__))
     return new

@@ -10,6 +10,8 @@ from torch import nn
 
 from splitquant_plugins.errors import ConfigError, InputError
 
+AWQ_BITS = (2, 4)
+
 
 def bits_of(config: Any) -> int:
     """Bits of an integer weight; dtype='int4' and its like take precedence, as in INC."""
@@ -35,7 +37,7 @@ def refuse_import_order() -> None:
 def refuse_wrapping(chosen: Mapping[str, Any]) -> None:
     """Refuse 8-bit asymmetric weights: INC subtracts the zero point in 8 bits, where it wraps."""
     for name, config in chosen.items():
-        asymmetric = config.name in ("rtn", "gptq") and not config.use_sym
+        asymmetric = config.name in ("rtn", "gptq", "awq") and not config.use_sym
         if asymmetric and is_integer(config) and bits_of(config) == 8:
             raise ConfigError(
                 f"{name}: INC wraps 8-bit asymmetric weights, since it takes code - zero point in 8 bits; "
@@ -54,6 +56,29 @@ def refuse_clipping(chosen: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"{name}: INC's symmetric GPTQ clips rows without negative values, as split layers have them; "
                 "use GPTQConfig(use_sym=False)"
+            )
+
+
+def refuse_scaling(chosen: Mapping[str, Any]) -> None:
+    """Refuse AWQ's search of scales, and its search of ranges at bits that it does not search at.
+
+    The search divides each row by its largest magnitude, 0 in rows that a part has nothing in, and finds no
+    finite loss. Where it finds scales, they move a part off the grid that it was made for. Both searches round
+    to 4 bits whatever `bits` is; what lies on a grid of 2 bits lies on one of 4 as well.
+    """
+    for name, config in chosen.items():
+        if config.name != "awq":
+            continue
+        if config.use_auto_scale:
+            raise ConfigError(
+                f"{name}: AWQ's search of scales fails on rows of zeros, as parts have them, and scales parts off "
+                "the grid that they were made for; use AWQConfig(use_auto_scale=False), or RTNConfig with "
+                "SplitQuantPass(calibration=batches), which weighs errors by activations"
+            )
+        if config.use_auto_clip and is_integer(config) and bits_of(config) not in AWQ_BITS:
+            raise ConfigError(
+                f"{name}: INC's AWQ searches ranges at 4 bits whatever bits= says, and narrows those of parts at "
+                f"bits={bits_of(config)}; use bits=2 or 4, or RTNConfig"
             )
 
 

@@ -1,4 +1,4 @@
-"""RTN, GPTQ and HQQ behind a pass."""
+"""RTN, GPTQ, HQQ and AWQ behind a pass."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from splitquant_inc.refuse import (
     refuse_ignored,
     refuse_import_order,
     refuse_reload,
+    refuse_scaling,
     refuse_wrapping,
 )
 from splitquant_plugins.errors import ConfigError, InputError
@@ -78,6 +79,7 @@ class WeightOnlyRecipe(PassFirst):
             raise ConfigError(f"{type(self).plain.__name__} quantizes no layer of this {type(model).__name__}")
         refuse_wrapping(chosen)
         refuse_clipping(chosen)
+        refuse_scaling(chosen)
         refuse_reload(self, chosen, model)
         ignore = [glob.escape(name) for name, _ in model.named_modules() if name and name not in chosen]
         grids = {name: grid_of(config) for name, config in chosen.items()}
@@ -140,9 +142,10 @@ def grid_of(config: Any) -> Grid | None:
     """Return the grid of one layer's options; None where there is no closed one.
 
     HQQ and a range found by search depend on the values, nf4 and its kin are no linear grids, and quantized
-    scales depend on those of the whole layer. GPTQ starts from RTN's grid and then moves weights along it.
+    scales depend on those of the whole layer. GPTQ starts from RTN's grid and then moves weights along it; AWQ
+    looks for narrower ranges than RTN's, which a part that lies on that grid does not gain from.
     """
-    if config.name not in ("rtn", "gptq") or not is_integer(config) or not 2 <= bits_of(config) <= 8:
+    if config.name not in ("rtn", "gptq", "awq") or not is_integer(config) or not 2 <= bits_of(config) <= 8:
         return None
     if config.use_mse_search or config.use_double_quant or getattr(config, "group_dim", 1) != 1:
         return None
@@ -168,9 +171,9 @@ def own_weights(model: nn.Module, kinds: tuple[type[nn.Module], ...], chosen: It
 
 
 def widen_bfloat16(model: nn.Module, chosen: Mapping[str, Any]) -> None:
-    """Give RTN's asymmetric layers, or their parts, weights of 32 bits: INC hands numpy codes of the weight's dtype."""
+    """Give asymmetric layers of RTN and AWQ, or their parts, 32 bits: INC hands numpy codes of the weight's dtype."""
     for name, config in chosen.items():
-        if config.name != "rtn" or config.use_sym:
+        if config.name not in ("rtn", "awq") or config.use_sym:
             continue
         for module in model.get_submodule(name).modules():
             weight = module._parameters.get("weight")
