@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ("splitquant_plugins", "adapters", "tests", "integration", "benchmarks", "docs")
+SOURCES = ("splitquant_plugins", "adapters", "tests", "integration", "benchmarks", "docs", "examples")
 PROCESSES = ("subprocess.Popen", "os.fork", "os.posix_spawn", "os.system", "os.exec")
 DEPENDS = "depends on what is installed"
 PHASES = 3  # setup, call, teardown

@@ -17,6 +17,9 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "splitquant_plugins/backends.py": "api/plugins.md",
+    "examples/bert_in_ten_lines.py": "examples.md",
+    "examples/convolutional_net_for_an_npu.py": "examples.md",
+    "examples/language_model_and_back_from_disk.py": "examples.md",
 }
 LINK = re.compile(r"\]\((?P<path>[^)#\s:]+)(?P<anchor>#[^)\s]*)?\)")
 
