@@ -31,6 +31,8 @@ _COMPARED = 4
 _RUN = 1 << 12
 # Values that one thread measures at once.
 _SPAN = 1 << 18
+# The loop is compiled for tuples of so many parts, the first repeated, and anew where there are more.
+_PARTS = 4
 # Values whose sum of parts is held at once, and sums of squares that are added up side by side.
 _BLOCK, _LANES = 1024, 16
 
@@ -51,9 +53,16 @@ def round_row(values: Array, scale: Array, zero_point: Array, width: int, ends: 
 
 @compiled
 def row_errors(
-    rows: Array, parts: tuple[Array, ...], scale: Array, zero_point: Array, width: int, ends: Array, error: Array
+    rows: Array,
+    parts: tuple[Array, ...],
+    k: int,
+    scale: Array,
+    zero_point: Array,
+    width: int,
+    ends: Array,
+    error: Array,
 ) -> None:
-    """Squared error [r] of `rows` [r, d] in which the k `parts` [r, d], rounded, are summed in order.
+    """Squared error [r] of `rows` [r, d] in which the first k of `parts` [r, d], rounded, are summed in order.
 
     Groups are `width` values of a row, with scales and zero points [k, r, groups]; `ends`: lowest and highest code.
     Differences and squares are in the parts' dtype, their sums in float64, in an order that d alone settles.
@@ -66,9 +75,9 @@ def row_errors(
         for group in range(0, d, width):
             for start in range(group, min(group + width, d), _BLOCK):
                 n = min(start + _BLOCK, group + width, d) - start
-                for j, part in enumerate(parts):
+                for j in range(k):
                     here, zero = scale[j, row, group // width], zero_point[j, row, group // width]
-                    values = part[row, start : start + n]
+                    values = parts[j][row, start : start + n]
                     if j == 0:
                         for i in range(n):
                             total[i] = _rounded(values[i], here, zero, ends[0], ends[1])
@@ -115,12 +124,13 @@ def fused_error(tensor: Tensor, parts: Sequence[Tensor], grid: Grid) -> Tensor |
         if not _as_the_grid(part, grid, scale[j], zero_point[j], width, ends, tensor.shape):
             return None
     weight = tensor.detach().reshape(rows, d).numpy()
-    arrays = tuple(part.numpy() for part in flat)
+    arrays = tuple(part.numpy() for part in [*flat, *flat[:1] * (_PARTS - len(flat))])
     error = np.empty(rows)
 
     def work(index: slice) -> None:
         row_errors(
-            *(weight[index], tuple(part[index] for part in arrays), scale[:, index], zero_point[:, index]),
+            *(weight[index], tuple(part[index] for part in arrays), len(flat)),
+            *(np.ascontiguousarray(scale[:, index]), np.ascontiguousarray(zero_point[:, index])),
             *(width, ends, error[index]),
         )
 
@@ -150,7 +160,10 @@ def _as_the_grid(
     some = part[chosen]
     out = np.empty(some.shape, scale.dtype)
     for place, row in enumerate(chosen.tolist()):
-        round_row(some[place].numpy(), scale[row], zero_point[row], width, ends, out[place])
+        round_row(
+            *(some[place].numpy(), np.ascontiguousarray(scale[row]), np.ascontiguousarray(zero_point[row])),
+            *(width, ends, out[place]),
+        )
     if grid.granularity == "tensor":
         runs = some[:, :_RUN]
         held = torch.cat([runs.flatten(), torch.stack(torch.aminmax(part))]).reshape(1, -1)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from splitquant_plugins.grid import Grid
 
-_WHOLE = 1 << 17  # weights that are measured at once
+_WHOLE = 1 << 15  # weights that are measured at once
 _TRIED = 1 << 12
 _REMEMBERED = 6  # a splitter's candidates, and the whole
 
