@@ -20,6 +20,18 @@ if TYPE_CHECKING:
 
 
 @compiled
+def _extent(values: Array) -> tuple[float, float, float]:
+    """The largest magnitude, and the lowest and the highest value in its units."""
+    low, high = np.float64(values[0]), np.float64(values[0])
+    for i in range(len(values)):
+        value = np.float64(values[i])
+        low = min(low, value)
+        high = max(high, value)
+    peak = max(-low, high)
+    return peak, low / peak, high / peak
+
+
+@compiled
 def bin_group(values: Array, frame: Array, table: Array) -> None:
     """Summarise `values` [n], not all zero, in units of their largest magnitude.
 
@@ -27,14 +39,7 @@ def bin_group(values: Array, frame: Array, table: Array) -> None:
     values, sum of squares, and the range that the parts have to cover, which includes 0. table [bins + 1, 2]: how
     many values lie in the bins before each edge, and their sum.
     """
-    low, high = np.float64(values[0]), np.float64(values[0])
-    for i in range(len(values)):
-        value = np.float64(values[i])
-        low = min(low, value)
-        high = max(high, value)
-    peak = max(-low, high)
-    low /= peak
-    high /= peak
+    peak, low, high = _extent(values)
     bins = len(table) - 1
     per_unit = bins / (high - low) if high > low else 0.0
     table[:] = 0.0
@@ -57,14 +62,7 @@ def bin_group(values: Array, frame: Array, table: Array) -> None:
 @compiled
 def frame_group(values: Array, frame: Array, short: Array) -> None:
     """As `bin_group` for a group that is priced value by value: `short` [0, n] are its values in the same units."""
-    low, high = np.float64(values[0]), np.float64(values[0])
-    for i in range(len(values)):
-        value = np.float64(values[i])
-        low = min(low, value)
-        high = max(high, value)
-    peak = max(-low, high)
-    low /= peak
-    high /= peak
+    peak, low, high = _extent(values)
     for i in range(len(values)):
         short[0, i] = np.float32(np.float64(values[i]) / peak)
     frame[0], frame[1], frame[2], frame[3] = peak, low, high, 0.0

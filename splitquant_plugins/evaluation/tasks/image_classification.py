@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.checkpoints.transformers_models import load_config, load_image_processor, load_model
+from splitquant_plugins.checkpoints.transformers_models import load_image_processor
 from splitquant_plugins.errors import InputError, first_line, optional
 from splitquant_plugins.evaluation.kept import Kept
 from splitquant_plugins.evaluation.rows import SPLITS, is_saved_dataset, load_dataset, refuse_function
 from splitquant_plugins.evaluation.scores import ClassScore
-from splitquant_plugins.evaluation.tasks.base import CALIBRATION_INPUTS, Examples, Kind, Task
+from splitquant_plugins.evaluation.tasks.base import CALIBRATION_INPUTS, Examples, Kind
 from splitquant_plugins.evaluation.tasks.text_classification import CLASS_MEASURES, OWN_TEXT
+from splitquant_plugins.evaluation.tasks.transformers_model import TransformersModel
 from splitquant_plugins.evaluation.texts import label_number
 
 if TYPE_CHECKING:
@@ -39,23 +40,15 @@ class Picture:
     open: Callable[[], Any]
 
 
-class ImageClassification(Task):
+class ImageClassification(TransformersModel):
     """An image classifier, on a folder with a folder of PNG or JPEG files for each class, or on a dataset."""
 
     kind = IMAGE_CLASSIFICATION
 
-    def __init__(self, model: str) -> None:
-        super().__init__(model)
-        self.config: Any = load_config(model)
-
-    def load_model(self) -> nn.Module:
-        """Load the architecture that the configuration names."""
-        return load_model(self.model)
-
     def examples(self, data: str, limit: int | None = None) -> Examples:
         """Find pictures and their labels; they are opened batch by batch."""
         found = _pictures(data, need_label=True, limit=limit)
-        ids = {str(name): int(number) for number, name in self.config.id2label.items()}
+        ids = self.label_numbers()
         labels = torch.tensor([label_number(each.label, ids, each.where) for each in found])
         return Examples(data, len(found), self._batches(found), torch.split(labels, BATCH))
 
@@ -98,11 +91,10 @@ def _pictures(source: str, *, need_label: bool, limit: int | None) -> list[Pictu
         raise InputError(f"{source} is a file: give a folder that has a folder of PNG or JPEG files for each class")
     if path.is_dir() and not is_saved_dataset(path):
         found = _in_folder(path, need_label=need_label)
-    elif path.is_absolute() or source.startswith(".") or source.count("/") > 1:
-        if not path.is_dir():
-            raise InputError(f"no such data: {source} is neither a folder nor a Hub id")
-        found = _in_dataset(source, need_label=need_label, limit=limit)
     else:
+        local = path.is_absolute() or source.startswith(".") or source.count("/") > 1
+        if local and not path.is_dir():
+            raise InputError(f"no such data: {source} is neither a folder nor a Hub id")
         found = _in_dataset(source, need_label=need_label, limit=limit)
     if not found:
         raise InputError(f"{source} has no pictures")

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.checkpoints.transformers_models import (
-    load_classifier,
-    load_config,
-    load_model,
-    load_tokenizer,
-    max_length_of,
-)
+from splitquant_plugins.checkpoints.transformers_models import load_classifier, load_tokenizer, max_length_of
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.evaluation.metrics import tokenize
 from splitquant_plugins.evaluation.scores import ClassScore
-from splitquant_plugins.evaluation.tasks.base import CALIBRATION_INPUTS, Examples, Kind, Task
+from splitquant_plugins.evaluation.tasks.base import CALIBRATION_INPUTS, Examples, Kind
+from splitquant_plugins.evaluation.tasks.transformers_model import TransformersModel
 from splitquant_plugins.evaluation.texts import LabelledTexts, load_texts, load_unlabelled
 from splitquant_plugins.passes.self_calibration import self_calibration
 
@@ -32,18 +27,10 @@ CLASS_MEASURES = ("accuracy", "agreement", "logit_sqnr_db")
 TEXT_CLASSIFICATION = Kind("text-classification", "accuracy", CLASS_MEASURES, ClassScore)
 
 
-class TextModel(Task):
+class TextModel(TransformersModel):
     """A transformers model that takes token ids: what all of them have in common."""
 
     has_tokenizer = True
-
-    def __init__(self, model: str) -> None:
-        super().__init__(model)
-        self.config: Any = load_config(model)
-
-    def load_model(self) -> nn.Module:
-        """Load the architecture that the configuration names."""
-        return load_model(self.model)
 
     def calibration(self, source: str, limit: int = CALIBRATION_INPUTS) -> list[Batch]:
         """Tokenize the first texts; with the source `self` a causal language model writes as many of its own."""
@@ -100,8 +87,7 @@ class TextClassification(TextModel):
     def examples(self, data: str, limit: int | None = None) -> Examples:
         """Read labelled texts, and tokenize them."""
         tokenizer = load_tokenizer(self.model)
-        labels = {str(name): int(number) for number, name in self.config.id2label.items()}
-        texts = load_texts(data, labels, limit)
+        texts = load_texts(data, self.label_numbers(), limit)
         if self.by_length:
             order = sorted(range(len(texts.texts)), key=lambda number: -len(texts.texts[number]))
             texts = replace(texts, texts=[texts.texts[n] for n in order], labels=[texts.labels[n] for n in order])
