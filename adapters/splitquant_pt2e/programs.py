@@ -20,6 +20,7 @@ from splitquant_plugins.passes.base import ModelPass
 from splitquant_pt2e import stock_quantizers
 from splitquant_pt2e.compat import convert_pt2e, prepare_pt2e
 from splitquant_pt2e.quiet import quiet
+from splitquant_pt2e.single_windows import step_by_one
 
 Inputs = tuple[Tensor, ...]
 _CYCLES = re.compile(r"^Total cycles\s+(\d+) cycles/batch", re.MULTILINE)  # as vela prints them, for each delegate
@@ -127,12 +128,16 @@ def _vulkan() -> Any:
     return import_module("executorch.backends.vulkan.partitioner.vulkan_partitioner").VulkanPartitioner()
 
 
-def _ethos(unit: str) -> Callable[[], Any]:
+def _ethos(unit: str) -> Callable[[torch.export.ExportedProgram, Any], Any]:
     def make() -> Any:
         home = import_module("executorch.backends.arm.ethosu")
         return home.EthosUPartitioner(home.EthosUCompileSpec(unit, extra_flags=["--verbose-cycle-estimate"]))
 
-    return make
+    def lower(program: torch.export.ExportedProgram, quantizer: Any) -> Any:
+        step_by_one(program.graph_module)
+        return _delegated(make)(program, quantizer)
+
+    return lower
 
 
 def _cortex_m(program: torch.export.ExportedProgram, _: Any) -> Any:
@@ -157,8 +162,8 @@ def _cadence(program: torch.export.ExportedProgram, quantizer: Any) -> Any:
 
 TARGETS: dict[str, Target] = {
     "xnnpack": Target("xnnpack-channel", _delegated(_xnnpack), "XNNPACK on CPUs", integer_outputs=True),
-    "ethos-u55": Target("ethos-u", _delegated(_ethos("ethos-u55-128")), "Arm Ethos-U55 with 128 MACs, by vela"),
-    "ethos-u85": Target("ethos-u85", _delegated(_ethos("ethos-u85-256")), "Arm Ethos-U85 with 256 MACs, by vela"),
+    "ethos-u55": Target("ethos-u", _ethos("ethos-u55-128"), "Arm Ethos-U55 with 128 MACs, by vela"),
+    "ethos-u85": Target("ethos-u85", _ethos("ethos-u85-256"), "Arm Ethos-U85 with 256 MACs, by vela"),
     "vulkan": Target("vulkan", _delegated(_vulkan), "GPUs through Vulkan"),
     "cortex-m": Target("cortex-m", _cortex_m, "Arm Cortex-M55 by CMSIS-NN"),
     "cadence": Target("cadence", _cadence, "Cadence HiFi DSPs"),

@@ -86,6 +86,19 @@ def test_a_split_program_is_as_whole_as_a_plain_one(net, split, target):
         assert wrong[1] < 1.07 * wrong[0]  # 0.3 dB
 
 
+def test_a_pool_over_the_whole_picture_does_not_cut_an_ethos_program(net, split):
+    """Its stride is more than an Ethos-U55 can step, and is never made."""
+    if reason := installed("ethos-u"):
+        pytest.skip(reason)
+    pytest.importorskip("ethosu.vela", reason="ethos-u-vela is not installed: tox run -e npu")
+    pooled = nn.Sequential(net.stem, nn.ReLU(), net.body, nn.ReLU(), nn.AvgPool2d(8), nn.Flatten(), net.head)
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    for first in (None, split(k=2, splitter="grid")):
+        program = export_program(pooled, "ethos-u55", first, [(image,) for image in images.split(1)])
+        assert program.delegates == 1
+        assert all("quantize" in name for name in program.host)
+
+
 def test_images_for_cortex_m_are_in_the_order_that_its_quantizer_knows(net):
     """Of others it leaves the convolutions float."""
     if reason := installed("cortex-m"):
