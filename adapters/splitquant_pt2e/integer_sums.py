@@ -9,15 +9,17 @@ The last sum takes the layer's place in front of a fused activation, whose outpu
 activations into layers, not into additions. So the sum is quantized with the scale that the activation's output has:
 codes end where the activation ends, and it does nothing any more.
 
-Scales on partial sums cost accuracy: see `partial_sum_cost`.
+Scales on partial sums cost accuracy: see `partial_sum_cost`. Parts may be larger than the layer and cancel, and each
+saturates by itself where calibration has not seen it so large. Where there are codes to spare, their scales therefore
+reach further than what was observed: see `headroom`.
 """
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,9 +32,6 @@ from splitquant_pt2e.annotation import annotation_of, input_spec, resolved
 from splitquant_pt2e.compat import ANNOTATION
 from splitquant_pt2e.layers import LayerCall
 from splitquant_pt2e.parallel_parts import PART, SplitCall
-
-if TYPE_CHECKING:
-    from splitquant_plugins.passes.split_layer import SplitTensors
 
 if TYPE_CHECKING:
     from splitquant_plugins.passes.split_layer import SplitTensors
@@ -53,6 +52,9 @@ INTEGER_NOTE = "the target's kernels write integers only: outputs of parts and t
 # How far an observer of Gaussian values is expected to see, in standard deviations: sqrt(2 ln n) of n values, 4.8 of
 # 10^5 and 5.3 of 10^6. Scales of activations are per tensor, so the channel of the largest outputs decides.
 REACH = 5.0
+# With as many codes, what steps of several times the width add is far below what else is rounded.
+_CODES_TO_SPARE = 2**14
+_HEADROOM = 4.0  # a power of two, so that values are multiplied and divided without rounding
 
 
 def writes_integers(call: LayerCall) -> bool:
@@ -88,15 +90,15 @@ def partial_sum_cost(parts: Sequence[Tensor], spec: Any, second_moment: Tensor |
     """Harm of the scales on a layer's partial sums, in the units of `output_error`.
 
     What gets a scale only because of the split are the outputs of the parts, and the sums of the first 2 to k - 1. Each
-    is rounded to 2^b steps over `REACH` standard deviations to both sides, of the channel that has the largest: an
-    error of (2 REACH s / (2^b - 1))² / 12 in every channel. Inputs are taken to be as strong in all directions, unless
-    their `second_moment` [groups, d, d] is known.
+    is rounded to 2^b steps over `REACH` standard deviations to both sides, of the channel that has the largest, times
+    `headroom` h: an error of (2 REACH h s / (2^b - 1))² / 12 in every channel. Inputs are taken to be as strong in all
+    directions, unless their `second_moment` [groups, d, d] is known.
     """
     sums = list(itertools.accumulate(part.detach() for part in parts))[1:-1]
     cost = 0.0
     for weight in (*parts, *sums):
         power = row_error(weight.detach(), torch.zeros_like(weight), second_moment)
-        cost += len(power) * float(power.max()) * (2 * REACH / codes_of(spec)) ** 2 / 12
+        cost += len(power) * float(power.max()) * (2 * REACH * headroom(spec) / codes_of(spec)) ** 2 / 12
     return cost
 
 
@@ -165,6 +167,11 @@ def codes_of(spec: Any) -> int:
     return int(highest) - int(lowest)
 
 
+def headroom(spec: Any) -> float:
+    """How many times further than what calibration saw the scales of partial sums reach."""
+    return _HEADROOM if codes_of(spec) >= _CODES_TO_SPARE else 1.0
+
+
 def give_sums_scales(calls: Iterable[SplitCall]) -> None:
     """Annotate the outputs of parts and their sums."""
     for call in calls:
@@ -174,8 +181,9 @@ def give_sums_scales(calls: Iterable[SplitCall]) -> None:
         spec = own or resolved(input_spec(source, source.args[source.meta[PART]]))
         if not _is_static(spec):
             continue
+        wider = _observed_wider(spec, headroom(spec))
         for node in (*call.parts, *call.sums[:-1]):
-            node.meta[ANNOTATION] = _with_output(node, spec)
+            node.meta[ANNOTATION] = _with_output(node, wider)
         for node in call.sums if "custom" in source.meta else ():
             node.meta["custom"] = dict(source.meta["custom"])  # where a backend notes what it quantizes: Arm's does
         if fused is not None and own is not None:
@@ -211,32 +219,60 @@ def _bounds(node: Node) -> tuple[float | None, float | None] | None:
 
 
 def _observed_within(spec: Any, low: float | None, high: float | None) -> Any:
-    return replace(spec, observer_or_fake_quant_ctr=_Within(spec.observer_or_fake_quant_ctr, low, high))
+    return replace(spec, observer_or_fake_quant_ctr=_Hooked(spec.observer_or_fake_quant_ctr, _Clamp(low, high)))
 
 
-class _Within:
-    """A constructor of observers that see values only as far as the activation behind lets them through."""
+def _observed_wider(spec: Any, times: float) -> Any:
+    if times == 1:
+        return spec
+    return replace(spec, observer_or_fake_quant_ctr=_Hooked(spec.observer_or_fake_quant_ctr, _Widen(times)))
 
-    def __init__(self, constructor: Any, low: float | None, high: float | None) -> None:
-        self.constructor, self.bounds = constructor, (low, high)
+
+class _Hooked:
+    """A constructor of observers, or fake quantizers, with hooks that change what is observed."""
+
+    def __init__(self, constructor: Any, add_to: Callable[[nn.Module], None]) -> None:
+        self.constructor, self.add_to = constructor, add_to
         partial = getattr(constructor, "p", None)
         self.__name__ = getattr(partial.func if partial is not None else constructor, "__name__", "observer")
 
-    def with_args(self, **options: Any) -> _Within:
+    def with_args(self, **options: Any) -> _Hooked:
         """As PT2E's constructors have it."""
-        return _Within(self.constructor.with_args(**options), *self.bounds)
+        return _Hooked(self.constructor.with_args(**options), self.add_to)
 
     def __call__(self) -> nn.Module:
         observer: nn.Module = self.constructor()
-        observer.register_forward_pre_hook(_Clamp(*self.bounds))
+        self.add_to(observer)
         return observer
 
 
+@dataclass(frozen=True)
 class _Clamp:
-    """A forward pre-hook that clamps the input."""
+    """Lets values through only as far as the activation behind does."""
 
-    def __init__(self, low: float | None, high: float | None) -> None:
-        self.low, self.high = low, high
+    low: float | None
+    high: float | None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def __call__(self, observer: nn.Module) -> None:
+        observer.register_forward_pre_hook(self._clamped)
+
+    def _clamped(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0].clamp(self.low, self.high), *args[1:])
+
+
+@dataclass(frozen=True)
+class _Widen:
+    """Shows an observer a multiple of the values, which go on as they are."""
+
+    times: float
+
+    def __call__(self, observer: nn.Module) -> None:
+        inner = getattr(observer, "activation_post_process", observer)  # of a fake quantizer, its observer alone
+        inner.register_forward_pre_hook(self._multiplied)
+        inner.register_forward_hook(self._divided)
+
+    def _multiplied(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0] * self.times, *args[1:])
+
+    def _divided(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output / self.times

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from splitquant_pt2e import LowBitWeightQuantizer, Pt2eGrid, stored_weights
+from splitquant_pt2e import LowBitWeightQuantizer, Pt2eGrid, integer_sums, stored_weights
 from splitquant_pt2e.compat import (
     ANNOTATION,
     HistogramObserver,
@@ -15,9 +15,11 @@ from splitquant_pt2e.compat import (
     QuantizationAnnotation,
     QuantizationSpec,
     Quantizer,
+    prepare_pt2e,
 )
 from splitquant_pt2e.integer_sums import partial_sum_cost, sum_costs, weighed
 from torch import nn
+from torchao.quantization.pt2e import FakeQuantize
 from torchao.quantization.pt2e.quantizer import DerivedQuantizationSpec
 
 from splitquant_plugins import manifest_of
@@ -30,10 +32,11 @@ ACTIVATIONS = (aten.relu.default, aten.relu6.default, aten.hardtanh.default, ate
 pytestmark = pytest.mark.filterwarnings("ignore:splitter .*partial sums")
 
 
-def activation_spec(bits=8):
+def activation_spec(bits=8, *, fake=False):
+    observer = HistogramObserver.with_args(eps=2**-16) if bits == 8 else MinMaxObserver.with_args(eps=2**-24)
     return QuantizationSpec(
         torch.int8 if bits == 8 else torch.int16,
-        HistogramObserver.with_args(eps=2**-16) if bits == 8 else MinMaxObserver.with_args(eps=2**-24),
+        FakeQuantize.with_args(observer=observer) if fake else observer,
         -(2 ** (bits - 1)),
         2 ** (bits - 1) - 1,
         torch.per_tensor_affine,
@@ -49,10 +52,11 @@ def derive(observers):
 class IntegerQuantizer(Quantizer):
     """As the quantizers of NPUs: activations are fused into the layers before them, biases are integers."""
 
-    def __init__(self, *, bias=True, granularity="channel"):
+    def __init__(self, *, bias=True, granularity="channel", **activations):
         super().__init__()
         self.bias = bias
         self.granularity = granularity
+        self.activations = activations
 
     def annotate(self, model):
         channel = self.granularity == "channel"
@@ -67,7 +71,7 @@ class IntegerQuantizer(Quantizer):
         for node in model.graph.nodes:
             if node.target not in (aten.conv2d.default, aten.linear.default):
                 continue
-            inputs = {node.args[0]: activation_spec(), node.args[1]: weight}
+            inputs = {node.args[0]: activation_spec(**self.activations), node.args[1]: weight}
             if self.bias:
                 edges = [(node.args[0], node), (node.args[1], node)]
                 qscheme = weight.qscheme
@@ -77,10 +81,10 @@ class IntegerQuantizer(Quantizer):
             (user,) = node.users
             fused = user.target in ACTIVATIONS
             node.meta[ANNOTATION] = QuantizationAnnotation(
-                inputs, None if fused else activation_spec(), _annotated=True
+                inputs, None if fused else activation_spec(**self.activations), _annotated=True
             )
             if fused:
-                user.meta[ANNOTATION] = QuantizationAnnotation({}, activation_spec(), _annotated=True)
+                user.meta[ANNOTATION] = QuantizationAnnotation({}, activation_spec(**self.activations), _annotated=True)
         return model
 
     def validate(self, model):
@@ -124,6 +128,36 @@ def test_every_part_and_every_sum_is_quantized(split, quantize, sqnr, activation
         assert scales(before) == pytest.approx(scales(applied), rel=1e-6)
     assert "write integers only" in "".join(manifest_of(graph).notes)
     assert sqnr(model(x), graph(x)) > sqnr(model(x), plain(x)) - 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fake", [False, True])
+@pytest.mark.parametrize(("bits", "wider"), [(8, 1), (16, 4)])
+def test_where_there_are_codes_to_spare_partial_sums_have_room_for_what_calibration_did_not_see(
+    split, quantize, monkeypatch, bits, wider, fake
+):
+    model, x = convolutions(nn.ReLU()), torch.randn(16, 3, 8, 8)
+    recipe = split(k=3, splitter="kmeans") + IntegerQuantizer(bits=bits, fake=fake)
+    graphs = [quantize(model, recipe, x)]
+    monkeypatch.setattr(integer_sums, "_HEADROOM", 1.0)
+    graphs.append(quantize(model, recipe, x))
+    layers, sums = (
+        [[node for node in graph.graph.nodes if node.target in targets] for graph in graphs]
+        for targets in ((aten.conv2d.default, aten.linear.default), (aten.add.Tensor,))
+    )
+    for found in (layers, [each[::2] for each in sums]):  # the first of each layer's two sums is a partial one
+        scale, alone = ([scales(node)[0] for node in each] for each in found)
+        assert scale == pytest.approx([wider * each for each in alone], rel=1e-2 if fake else 1e-6)
+    scale, alone = ([scales(node) for node in each[1::2]] for each in sums)
+    assert scale == [pytest.approx(each, rel=1e-2 if fake else 1e-6) for each in alone]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 16])
+def test_values_go_through_observers_of_partial_sums_as_they_are(split, export, bits):
+    model, x = convolutions(nn.ReLU()), torch.randn(16, 3, 8, 8)
+    prepared = prepare_pt2e(export(model, x), split(k=2, splitter="residual") + IntegerQuantizer(bits=bits))
+    torch.testing.assert_close(prepared(x), model(x))
 
 
 @torch.no_grad()
