@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from splitquant_plugins.backends import Program
-from splitquant_plugins.errors import ConfigError, InputError, SplitQuantError, first_line
+from splitquant_plugins.errors import ConfigError, InputError, MissingExtraError, SplitQuantError, first_line
 from splitquant_plugins.manifest import manifest_of
 from splitquant_plugins.passes.base import ModelPass
 from splitquant_pt2e import stock_quantizers
@@ -155,6 +156,10 @@ def _cortex_m(program: torch.export.ExportedProgram, _: Any) -> Any:
 
 
 def _cadence(program: torch.export.ExportedProgram, quantizer: Any) -> Any:
+    if sys.version_info < (3, 12):
+        raise MissingExtraError(
+            f"executorch's compiler for Cadence needs Python 3.12; this is {sys.version_info[0]}.{sys.version_info[1]}"
+        )
     home = import_module("executorch.backends.cadence.aot.compiler")
     fused = home.apply_pre_edge_transform_passes(program, quantizer)
     return home._lower_ep_to_cadence(fused)

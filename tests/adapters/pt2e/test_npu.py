@@ -16,7 +16,7 @@ from splitquant_pt2e.stock_grid import stock_grid
 from splitquant_pt2e.stock_quantizers import STOCK, installed, make
 from torch import nn
 
-from splitquant_plugins.errors import ConfigError, InputError
+from splitquant_plugins.errors import ConfigError, InputError, MissingExtraError
 
 pytest.importorskip("executorch", reason="executorch is not installed: tox run -e npu")
 pytestmark = pytest.mark.filterwarnings("ignore")  # executorch and torch.export deprecate their own
@@ -97,6 +97,14 @@ def test_a_pool_over_the_whole_picture_does_not_cut_an_ethos_program(net, split)
         program = export_program(pooled, "ethos-u55", first, [(image,) for image in images.split(1)])
         assert program.delegates == 1
         assert all("quantize" in name for name in program.host)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="here the compiler for Cadence works")
+def test_the_compiler_for_cadence_says_what_it_needs(net):
+    if reason := installed("cadence"):
+        pytest.skip(reason)
+    with pytest.raises(MissingExtraError, match=r"compiler for Cadence needs Python 3\.12; this is 3\."):
+        export_program(net, "cadence", None, [(torch.randn(1, 3, 8, 8),)])
 
 
 def test_images_for_cortex_m_are_in_the_order_that_its_quantizer_knows(net):

@@ -28,3 +28,12 @@ def test_only_own_warnings_are_heard(capsys, caplog):
     assert not caplog.records
     logging.getLogger("vendor").warning("heard again")
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(("level", "within"), [(logging.INFO, logging.WARNING), (logging.ERROR, logging.ERROR)])
+def test_what_asks_for_the_level_of_its_logger_is_quiet_too(monkeypatch, level, within):
+    monkeypatch.setattr(logging.root, "level", logging.root.level)
+    logging.root.setLevel(level)
+    with quiet():
+        assert logging.getLogger("vendor.backend").getEffectiveLevel() == within
+    assert logging.root.level == level
