@@ -31,13 +31,15 @@ _CYCLES = re.compile(r"^Total cycles\s+(\d+) cycles/batch", re.MULTILINE)  # as 
 class Target:
     """One target: the stock quantizer for it, and what lowers a quantized program, given that quantizer.
 
-    `integer_outputs`: its static kernels write integers, though its quantizer does not say so.
+    `integer_outputs`: its static kernels write integers, though its quantizer does not say so. `python`: the least
+    version that its compiler works with.
     """
 
     quantizer: str
     lower: Callable[[torch.export.ExportedProgram, Any], Any]
     description: str
     integer_outputs: bool = False
+    python: tuple[int, int] = (3, 10)
 
 
 def export_program(
@@ -47,10 +49,13 @@ def export_program(
 
     `model` takes the tensors of a batch by position; the sizes of the first batch are those of the program, and all
     batches calibrate it. A program for Cortex-M takes images in channels-last order. Raises ConfigError for an unknown
-    target, MissingExtraError where its packages are missing, and InputError where torch cannot export the model or
-    the target's compiler refuses it.
+    target, MissingExtraError where its packages or its Python are missing, and InputError where torch cannot export the
+    model or the compiler of the target refuses it.
     """
     chosen = target_of(target)
+    if sys.version_info < chosen.python:
+        needed, here = (".".join(map(str, version[:2])) for version in (chosen.python, sys.version_info))
+        raise MissingExtraError(f"executorch's compiler for {target} needs Python {needed}; this is {here}")
     plain = stock_quantizers.make(chosen.quantizer)
     quantizer = plain if first is None else first + plain
     if first is not None and chosen.integer_outputs:
@@ -156,10 +161,6 @@ def _cortex_m(program: torch.export.ExportedProgram, _: Any) -> Any:
 
 
 def _cadence(program: torch.export.ExportedProgram, quantizer: Any) -> Any:
-    if sys.version_info < (3, 12):
-        raise MissingExtraError(
-            f"executorch's compiler for Cadence needs Python 3.12; this is {sys.version_info[0]}.{sys.version_info[1]}"
-        )
     home = import_module("executorch.backends.cadence.aot.compiler")
     fused = home.apply_pre_edge_transform_passes(program, quantizer)
     return home._lower_ep_to_cadence(fused)
@@ -171,5 +172,5 @@ TARGETS: dict[str, Target] = {
     "ethos-u85": Target("ethos-u85", _ethos("ethos-u85-256"), "Arm Ethos-U85 with 256 MACs, by vela"),
     "vulkan": Target("vulkan", _delegated(_vulkan), "GPUs through Vulkan"),
     "cortex-m": Target("cortex-m", _cortex_m, "Arm Cortex-M55 by CMSIS-NN"),
-    "cadence": Target("cadence", _cadence, "Cadence HiFi DSPs"),
+    "cadence": Target("cadence", _cadence, "Cadence HiFi DSPs", python=(3, 12)),
 }

@@ -62,7 +62,7 @@ def test_a_split_program_is_as_whole_as_a_plain_one(net, split, target):
     if target.startswith("ethos"):
         pytest.importorskip("ethosu.vela", reason="ethos-u-vela is not installed: tox run -e npu")
     if target == "cadence" and sys.version_info < (3, 12):
-        pytest.skip("executorch's compiler for Cadence needs Python 3.12")
+        pytest.skip("executorch's compiler for cadence needs Python 3.12")
     images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     batches = [(image,) for image in images.split(1)]
     plain, parts = (export_program(net, target, first, batches) for first in (None, split(k=2, splitter="grid")))
@@ -103,7 +103,7 @@ def test_a_pool_over_the_whole_picture_does_not_cut_an_ethos_program(net, split)
 def test_the_compiler_for_cadence_says_what_it_needs(net):
     if reason := installed("cadence"):
         pytest.skip(reason)
-    with pytest.raises(MissingExtraError, match=r"compiler for Cadence needs Python 3\.12; this is 3\."):
+    with pytest.raises(MissingExtraError, match=r"compiler for cadence needs Python 3\.12; this is 3\."):
         export_program(net, "cadence", None, [(torch.randn(1, 3, 8, 8),)])
 
 
