@@ -213,7 +213,8 @@ def run(names: Sequence[str], subject: Subject, *, programs: bool = False, page:
         if reason := installed(name):
             print(f"{name}: {reason}", file=sys.stderr)
             continue
-        row = row_of(name, subject, programs=programs)
+        with torch.backends.mkldnn.flags(enabled=True):  # Qualcomm's turns it off on AMD, for all that come after
+            row = row_of(name, subject, programs=programs)
         print(json.dumps(row), flush=True)
         rows.append(row)
         if page:
