@@ -24,6 +24,7 @@ NAMES = (
     "sparse_parts",
     "restricted_grids",
     "causal_lm",
+    "two_bits",
 )
 
 

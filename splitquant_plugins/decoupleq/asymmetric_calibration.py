@@ -4,26 +4,35 @@ Let x be the inputs that the float model gives a layer, and x̂ those that it ge
 should be W x, and are Ŵ x̂. The mean square error of that is, but for a constant, tr((Ŵ - T) H (Ŵ - T)ᵀ) with H the
 mean of x̂ x̂ᵀ, C that of x x̂ᵀ, and T = W C H⁻¹ in the place of W (GPTAQ, arXiv 2504.02692).
 T is estimated from few inputs and by layers that are solved one by one, so only a part of the way from W to T is gone.
+
+A layer whose outputs are added to the block's, as the last of a transformer's block are, can make up for all that the
+block has lost so far, also on the way past this layer: with e what the block's outputs lack while the layer still has
+its float weights, and E the mean of e x̂ᵀ, T = W + E H⁻¹. Where nothing goes past the layer that is the T above.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.decoupleq.capture import Call, detached
+from splitquant_plugins.decoupleq.capture import Call, detached, output_tensor
 from splitquant_plugins.decoupleq.objective import prepared_moment
+from splitquant_plugins.errors import InputError
 from splitquant_plugins.passes.calibration import (
+    CONVOLUTIONS,
     RunningMean,
     SecondMoment,
     evaluating,
     moment_shape,
     naming_batch,
     only_input,
+    out_features,
     plan_passes,
 )
 
@@ -31,8 +40,28 @@ if TYPE_CHECKING:
     from splitquant_plugins.decoupleq.capture import BlockInputs
 
 
+# How far what is added to a layer's outputs may come out of the block changed, as a part of the largest output.
+_UNCHANGED = 1e-4
+
+
+@dataclass(frozen=True)
+class PairedMoments:
+    """What is known of a layer's inputs behind solved layers, x̂, beside the float model's, x.
+
+    `moment`: H. `cross`: C [groups, d, d], the mean of x x̂ᵀ; None where the two call the layer with other shapes, as
+    with routed experts. `missing`: E [1, out, d], the mean of e x̂ᵀ, where the layer's outputs are added to the block's.
+    """
+
+    moment: SecondMoment
+    cross: Tensor | None
+    missing: Tensor | None = None
+
+
 class FloatInputs:
-    """What the float model gives a block's layers, call by call: kept as far as memory allows, else found again."""
+    """What the float model gives a block's layers, call by call: kept as far as memory allows, else found again.
+
+    `added`: names of the layers whose outputs are added to the block's.
+    """
 
     def __init__(
         self,
@@ -49,15 +78,21 @@ class FloatInputs:
         self.held = 0
         self._block, self._calls, self._float_values, self._layers = block, calls, float_values, layers
         self._limit = max_bytes // 4
-        self._kept: dict[int, dict[str, list[Tensor]]] = {}
+        self._kept: dict[int, tuple[dict[str, list[Tensor]], Tensor | None]] = {}
+        with float_values():
+            self.added = _added_layers(block, calls[0], layers)
 
-    def of(self, index: int) -> dict[str, list[Tensor]]:
-        """The inputs of all layers in one of the block's calls."""
+    def of(self, index: int) -> tuple[dict[str, list[Tensor]], Tensor | None]:
+        """The inputs of all layers in one of the block's calls, and its output where layers are added to that."""
         if index in self._kept:
             return self._kept[index]
         with self._float_values():
-            found = _inputs(self._block, self._calls[index], self._layers)
-        size = sum({id(one): one.nbytes for inputs in found.values() for one in inputs}.values())
+            inputs, returned = _replayed(self._block, self._calls[index], self._layers)
+        output = output_tensor(returned) if self.added else None
+        found = inputs, output
+        size = sum(
+            {id(one): one.nbytes for one in itertools.chain(*inputs.values(), [output]) if one is not None}.values()
+        )
         if self.held + size <= self._limit:
             self._kept[index] = found
             self.held += size
@@ -66,24 +101,28 @@ class FloatInputs:
 
 def iter_paired_moments(
     now: BlockInputs, before: FloatInputs, layers: Mapping[str, nn.Module], max_bytes: int
-) -> Iterator[tuple[str, SecondMoment, Tensor | None]]:
-    """Yield each layer's name, second moment H [groups, d, d], and C of the same shape.
+) -> Iterator[tuple[str, PairedMoments]]:
+    """Yield each layer's name and moments.
 
-    `now` are the inputs of a block in the model as it is, `before` what its layers get in the float model. C is None
-    where the two call the layer with other shapes, as with routed experts; whether rows of one shape belong together
-    is not known.
+    `now` are the inputs of a block in the model as it is, `before` what its layers get in the float model. Whether rows
+    of one shape belong together is not known.
     """
     sizes = {name: moment_shape(name, layer) for name, layer in layers.items()}
     itemsize = torch.float64.itemsize
     for names in plan_passes(sizes, 2 * itemsize, max_bytes - before.held):
         own = {name: RunningMean(name, layers[name], sizes[name], torch.float64) for name in names}
         pairs = {name: RunningMean(name, layers[name], sizes[name], torch.float64) for name in names}
+        lacks = {
+            name: RunningMean(name, layers[name], (1, out_features(layers[name]), sizes[name][2]), torch.float64)
+            for name in names
+            if name in before.added
+        }
         unlike: set[str] = set()
         for index, mask in enumerate(now.masks):
             with naming_batch(index + 1, now.block):
-                wanted = before.of(index)
-                times = {name: len(wanted[name]) for name in names}
-                found = _inputs(now.block, now.calls[index], {name: layers[name] for name in names}, times)
+                wanted, float_output = before.of(index)
+                times = None if lacks else {name: len(wanted[name]) for name in names}
+                found, output = _replayed(now.block, now.calls[index], {name: layers[name] for name in names}, times)
                 for name in names:
                     for inputs in found[name]:
                         own[name].add(inputs, mask)
@@ -92,19 +131,26 @@ def iter_paired_moments(
                     if name not in unlike:
                         for inputs, others in zip(found[name], wanted[name], strict=True):
                             pairs[name].add(inputs, mask, others)
+                for name, mean in lacks.items():
+                    if name not in unlike and float_output is not None:
+                        mean.add(found[name][0], mask, float_output - output_tensor(output))
         for name in names:
-            mean, pair = own.pop(name), pairs.pop(name)
-            yield name, SecondMoment(mean.matrix, mean.samples), None if name in unlike else pair.matrix
+            mean, pair, lack = own.pop(name), pairs.pop(name), lacks.pop(name, None)
+            moment = SecondMoment(mean.matrix, mean.samples)
+            if name in unlike:
+                yield name, PairedMoments(moment, None)
+            else:
+                yield name, PairedMoments(moment, pair.matrix, None if lack is None else lack.matrix)
 
 
-def asymmetric_target(weight: Tensor, moment: Tensor, cross: Tensor, part: float, damping: float) -> Tensor:
-    """The weight [out, ...] moved by `part` of the way to T = W C H⁻¹, with H damped as for the solution.
-
-    `moment` and `cross` are H and C, [groups, d, d], with the mean taken over the same inputs.
-    """
+def asymmetric_target(weight: Tensor, pair: PairedMoments, part: float, damping: float) -> Tensor:
+    """The weight [out, ...] moved by `part` of the way to T, with H damped as for the solution."""
+    if pair.cross is None:
+        return weight
+    moment = pair.moment.matrix
     rows = weight.detach().double().reshape(len(moment), -1, moment.shape[-1])
     damped = torch.stack([prepared_moment(one, damping) for one in moment])
-    lost = rows @ (cross - moment).to(damped)
+    lost = rows @ (pair.cross - moment).to(damped) if pair.missing is None else pair.missing.to(damped)
     moved = rows + part * torch.linalg.solve(damped, lost.mT).mT
     return moved.reshape(weight.shape).to(weight.dtype)
 
@@ -114,12 +160,13 @@ class _AllSeen(Exception):  # noqa: N818 - control flow, not a failure
 
 
 @torch.no_grad()
-def _inputs(
+def _replayed(
     block: nn.Module, replayed: Call, layers: Mapping[str, nn.Module], times: Mapping[str, int] | None = None
-) -> dict[str, list[Tensor]]:
-    """What the layers get while a call of the block is replayed, call by call; one copy where they share a tensor.
+) -> tuple[dict[str, list[Tensor]], Any]:
+    """What the layers get while a call of the block is replayed, call by call, and the block's output.
 
-    `times`: how often each layer is called; once all are, what comes behind them need not be computed.
+    There is one copy where layers share a tensor. `times`: how often each layer is called; once all are, what comes
+    behind them is not computed, and the output is None.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
     last: tuple[Tensor, int, Tensor] | None = None
@@ -138,9 +185,39 @@ def _inputs(
 
         return hook
 
-    with evaluating(block), ExitStack() as hooks, suppress(_AllSeen):
+    with evaluating(block), ExitStack() as hooks:
         for name, layer in layers.items():
             hooks.callback(layer.register_forward_pre_hook(hook_of(name), with_kwargs=True).remove)
         args, kwargs = detached(replayed)
-        block(*args, **kwargs)
-    return found
+        try:
+            return found, block(*args, **kwargs)
+        except _AllSeen:
+            return found, None
+
+
+@torch.no_grad()
+def _added_layers(block: nn.Module, call: Call, layers: Mapping[str, nn.Module]) -> frozenset[str]:
+    """Names of the layers whose outputs are added to the block's: what is added to theirs comes out unchanged.
+
+    Tried with a call of the block, for layers that it calls once and that are no convolutions.
+    """
+    inputs, output = _replayed(block, call, layers)
+    found: set[str] = set()
+    try:
+        whole = output_tensor(output)
+    except InputError:
+        return frozenset()  # an output of no known kind
+    for name, layer in layers.items():
+        fits = len(inputs[name]) == 1 and inputs[name][0].shape[:-1] == whole.shape[:-1]
+        if isinstance(layer, CONVOLUTIONS) or not fits or out_features(layer) != whole.shape[-1]:
+            continue
+        generator = torch.Generator().manual_seed(0)
+        change = whole.abs().max() * torch.randn(whole.shape, generator=generator).to(whole)
+        handle = layer.register_forward_hook(lambda _module, _inputs, result, change=change: result + change)
+        try:
+            changed = output_tensor(_replayed(block, call, {})[1])
+        finally:
+            handle.remove()
+        if (changed - whole - change).abs().max() <= _UNCHANGED * changed.abs().max():
+            found.add(name)
+    return frozenset(found)

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from splitquant_plugins.decoupleq.asymmetric_calibration import FloatInputs, asymmetric_target, iter_paired_moments
+from splitquant_plugins.decoupleq.asymmetric_calibration import (
+    FloatInputs,
+    PairedMoments,
+    asymmetric_target,
+    iter_paired_moments,
+)
 from splitquant_plugins.decoupleq.block_tuning import BlockChain, block_objective, follows, other_parameters
 from splitquant_plugins.decoupleq.capture import BlockInputs, block_outputs, capture_inputs
 from splitquant_plugins.decoupleq.config import DecoupleQConfig
@@ -28,7 +33,7 @@ from splitquant_plugins.decoupleq.solve_weight import SolvedWeight, restored_wei
 from splitquant_plugins.decoupleq.training import Learned, Objective, train
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.manifest import TrainingRecord, ValuesRecord
-from splitquant_plugins.passes.calibration import Batches, SecondMoment, iter_calls, iter_second_moments
+from splitquant_plugins.passes.calibration import Batches, iter_calls, iter_second_moments
 from splitquant_plugins.plugins import version_of
 from splitquant_plugins.progress import track
 
@@ -135,15 +140,13 @@ class Run:
         floats: dict[str, list[Tensor]] = {}
         options = self.config.solve_options()
         for group in stage.groups:
-            for name, moment, cross in self._moments(group, inputs, wanted):
-                layer = self.layers[name]
+            for name, pair in self._moments(group, inputs, wanted):
+                layer, moment = self.layers[name], pair.moment
                 started = time.perf_counter()
                 if not moment.samples:
                     continue
-                weight = layer.weight()
-                if cross is not None:
-                    part, damping = self.config.asymmetric_calibration, self.config.damping
-                    weight = asymmetric_target(weight, moment.matrix, cross, part, damping)
+                part, damping = self.config.asymmetric_calibration, self.config.damping
+                weight = asymmetric_target(layer.weight(), pair, part, damping)
                 solution = solve_weight(weight, layer.parts(), moment.matrix, layer.grid, options, name=name)
                 layer.put(solution.rounded, self.twins[name])
                 floats[name] = solution.floats
@@ -172,7 +175,7 @@ class Run:
 
     def _moments(
         self, group: Sequence[str], inputs: BlockInputs, before: FloatInputs | None
-    ) -> Iterator[tuple[str, SecondMoment, Tensor | None]]:
+    ) -> Iterator[tuple[str, PairedMoments]]:
         """Second moments of layers, and where there are the float model's inputs too, those across the two."""
         modules = {name: self.layers[name].modules[0] for name in group}
         limit = self.calibration_bytes
@@ -186,7 +189,7 @@ class Run:
                 one = next(found, None)
             if one is None:
                 return
-            yield *one, None
+            yield one[0], PairedMoments(one[1], None)
 
     @contextmanager
     def _float_values(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
 # Kinds of layers, as plans name them, whose inputs are observed.
 CALIBRATED_KINDS = ("linear", "conv1d", "conv2d", "conv3d", "conv1d_hf")
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Rows that are unfolded and multiplied at once: bounds the copy that the unfolding of a convolution makes.
 _CHUNK_ELEMENTS = 1 << 24
 
@@ -145,7 +145,7 @@ def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
     For a convolution these are the unfolded patches with its stride, padding and dilation, such that
     weight[out].flatten() @ row is one output value (without bias).
     """
-    if not isinstance(layer, _CONVOLUTIONS):
+    if not isinstance(layer, CONVOLUTIONS):
         return inputs.reshape(1, -1, inputs.shape[-1])
     kernel, dilation = layer.kernel_size, layer.dilation
     spatial = len(kernel)
@@ -173,23 +173,26 @@ class RunningMean:
         self.samples = 0
 
     def add(self, inputs: Tensor, mask: Tensor | None, others: Tensor | None = None) -> None:
-        """Take in the inputs of a call; `others`, of the same shape, are the y."""
-        rows = self._rows(inputs, mask)
-        pairs = ((row, row) for row in rows) if others is None else zip(rows, self._rows(others, mask), strict=True)
-        for row, other in pairs:
+        """Take in the inputs of a call; `others`, of the same shape but for the last axis, are the y."""
+        rows = self._rows(inputs, mask, self.matrix.shape[2])
+        if others is None:
+            for row in rows:
+                self._add(row, row)
+            return
+        for row, other in zip(rows, self._rows(others, mask, self.matrix.shape[1]), strict=True):
             self._add(row, other)
 
-    def _rows(self, inputs: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    def _rows(self, inputs: Tensor, mask: Tensor | None, width: int) -> Iterator[Tensor]:
         layer = self.layer
         if (
-            not isinstance(layer, _CONVOLUTIONS)
+            not isinstance(layer, CONVOLUTIONS)
             and mask is not None
             and inputs.ndim >= 3
             and inputs.shape[:2] == mask.shape
         ):
             inputs = inputs[mask.to(inputs.device) != 0]
-        width, axis, taps = self.matrix.shape[-1], -1, 1
-        if isinstance(layer, _CONVOLUTIONS):
+        axis, taps = -1, 1
+        if isinstance(layer, CONVOLUTIONS):
             width, axis, taps = layer.in_channels, 1 - layer.weight.ndim, layer.weight[0, 0].numel()
         if inputs.ndim < -axis or inputs.shape[axis] != width:
             raise InputError(f"{self.name or 'the model'} takes {width} features, and gets {tuple(inputs.shape)}")
@@ -199,7 +202,7 @@ class RunningMean:
                 "model in a wider dtype"
             )
         # A chunk is a run of examples: an unfolded image takes kernel-size times its own memory.
-        if not isinstance(layer, _CONVOLUTIONS):
+        if not isinstance(layer, CONVOLUTIONS):
             inputs = inputs.reshape(-1, inputs.shape[-1])
         elif inputs.ndim == layer.weight.ndim - 1:
             inputs = inputs.unsqueeze(0)
@@ -311,7 +314,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 def moment_shape(name: str, layer: nn.Module) -> tuple[int, int, int]:
     """Groups, d, d of a layer's second moment; ConfigError for a layer of another kind, with its name."""
-    if isinstance(layer, _CONVOLUTIONS):
+    if isinstance(layer, CONVOLUTIONS):
         return layer.groups, layer.weight[0].numel(), layer.weight[0].numel()
     if isinstance(layer, nn.Linear):
         return 1, layer.in_features, layer.in_features
@@ -321,6 +324,12 @@ def moment_shape(name: str, layer: nn.Module) -> tuple[int, int, int]:
     raise ConfigError(
         f"{name}: no second moment for {type(layer).__name__}; choose nn.Linear, nn.Conv1d/2d/3d or Conv1D"
     )
+
+
+def out_features(layer: nn.Module) -> int:
+    """Outputs of a layer that `moment_shape` knows."""
+    weight = cast("Tensor", layer.weight)
+    return weight.shape[1] if is_transformers_conv1d(layer) else len(weight)
 
 
 def plan_passes(sizes: Mapping[str, tuple[int, int, int]], itemsize: int, max_bytes: int | None) -> list[list[str]]:

@@ -1,5 +1,6 @@
 """A smoke run of each benchmark; no test asserts a time."""
 
+import argparse
 import json
 import runpy
 import subprocess
@@ -64,6 +65,29 @@ def test_causal_lm() -> None:
     assert {"FP32", "RTN", "HQQ", "GPTQ", "decoupleQ"} <= rows.keys()
     assert rows["decoupleQ"]["layers"] == rows["RTN"]["layers"] == 14
     assert rows["decoupleQ"]["bits/weight"] == rows["RTN"]["bits/weight"]
+
+
+def test_two_bits(tmp_path: Path) -> None:
+    pytest.importorskip("neural_compressor.torch")
+    import two_bits
+
+    only = "RTN,decoupleQ/2/1,auto/2/2"
+    arguments = argparse.Namespace(
+        story=None, texts=None, model=tmp_path, group_size=32, seeds=2, only=only, json=None, smoke=True
+    )
+    rows = two_bits.summary(two_bits.run(arguments))
+    assert [(row["method"], row["format"], row["k"], row["n"]) for row in rows] == [
+        ("FP32", "", 1, 2),
+        ("RTN", "INT2", 1, 2),
+        ("decoupleQ", "INT2", 1, 2),
+        ("RTN", "INT4", 1, 2),
+        ("auto", "INT2", 2, 2),
+    ]
+    plain, solved, _, split = rows[1:]
+    assert rows[0]["KL"] == 0
+    assert split["KL"] < plain["KL"]
+    assert split["bits/weight"] == 2 * plain["bits/weight"] == 2 * solved["bits/weight"]
+    assert plain["KL from-to"]
 
 
 def test_restricted_grids() -> None:

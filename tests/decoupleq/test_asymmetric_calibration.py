@@ -10,10 +10,16 @@ import torch
 from torch import nn
 
 from splitquant_plugins import DecoupleQPass, UniformGrid, manifest_of
-from splitquant_plugins.decoupleq.asymmetric_calibration import FloatInputs, asymmetric_target, iter_paired_moments
+from splitquant_plugins.decoupleq.asymmetric_calibration import (
+    FloatInputs,
+    PairedMoments,
+    asymmetric_target,
+    iter_paired_moments,
+)
 from splitquant_plugins.decoupleq.capture import BlockInputs
 from splitquant_plugins.decoupleq.layer_order import stages_of
 from splitquant_plugins.errors import InputError
+from splitquant_plugins.passes.calibration import SecondMoment
 
 GRID = UniformGrid(2, "affine", "channel")
 
@@ -42,6 +48,19 @@ class Routed(nn.Module):
         return self.expert(x[x[:, 0] > 0])
 
 
+class InPlace(nn.Module):
+    """Changes its input, as residual connections may."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        x += self.first(x)
+        x += self.second(x)
+        return x
+
+
 def stack(depth: int = 4, width: int = 8) -> nn.Module:
     return nn.Sequential(*[Attention(width) for _ in range(depth)]).eval()
 
@@ -58,7 +77,7 @@ def moments(model, batches, layers, changed: nn.Linear, weight: torch.Tensor, ma
     """Moments with `changed` as it is now, against those with `weight` in its place."""
     now = BlockInputs(model, model, batches)
     before = FloatInputs(model, now.calls, lambda: with_weight(changed, weight), layers, max_bytes)
-    return {name: (moment, cross) for name, moment, cross in iter_paired_moments(now, before, layers, max_bytes)}
+    return dict(iter_paired_moments(now, before, layers, max_bytes))
 
 
 def test_layers_with_the_same_input_make_a_group():
@@ -75,10 +94,11 @@ def test_the_whole_way_leads_to_the_least_squares_target():
     wanted, found = torch.randn(200, 6).double(), torch.randn(200, 6).double()
     found = wanted + 0.3 * found
     moment, cross = (found.T @ found / 200)[None], (wanted.T @ found / 200)[None]
-    target = asymmetric_target(weight, moment, cross, 1.0, 0.0)
+    pair = PairedMoments(SecondMoment(moment, 200), cross)
+    target = asymmetric_target(weight, pair, 1.0, 0.0)
     expected = torch.linalg.lstsq(found, wanted @ weight.double().T).solution.T
     torch.testing.assert_close(target.double(), expected, rtol=1e-4, atol=1e-5)
-    halfway = asymmetric_target(weight, moment, cross, 0.5, 0.0)
+    halfway = asymmetric_target(weight, pair, 0.5, 0.0)
     torch.testing.assert_close(halfway, (weight + target) / 2, rtol=1e-4, atol=1e-5)
 
 
@@ -86,7 +106,7 @@ def test_grouped_convolutions_have_a_target_per_group():
     weight = torch.randn(4, 3, 2, 1)
     moment = torch.stack([torch.eye(6), 2 * torch.eye(6)]).double()
     cross = torch.stack([torch.eye(6), torch.eye(6)]).double()
-    target = asymmetric_target(weight, moment, cross, 1.0, 0.0)
+    target = asymmetric_target(weight, PairedMoments(SecondMoment(moment, 9), cross), 1.0, 0.0)
     assert target.shape == weight.shape
     torch.testing.assert_close(target[:2], weight[:2])
     torch.testing.assert_close(target[2:], weight[2:] / 2)
@@ -104,20 +124,63 @@ def test_moments_of_two_models(max_bytes):
     with torch.no_grad():
         now = (torch.tanh(model.query(x)) * model.key(x) + model.value(x))[used].double()
         before = now + ((x @ (other - model.value.weight).T)[used]).double()
-    moment, cross = found["out"]
+    moment, cross = found["out"].moment, found["out"].cross
     assert moment.samples == int(mask.sum())
     torch.testing.assert_close(moment.matrix[0], now.T @ now / len(now), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(cross[0], before.T @ now / len(now), rtol=1e-5, atol=1e-6)
-    same, itself = found["query"]
-    torch.testing.assert_close(same.matrix, itself)
+    torch.testing.assert_close(found["query"].moment.matrix, found["query"].cross)
+    assert found["query"].missing is None
 
 
 def test_layers_that_are_called_otherwise_have_no_pairs():
     model = Routed().eval()
     found = moments(model, [torch.randn(40, 4)], {"expert": model.expert}, model.first, -model.first.weight.detach())
-    moment, cross = found["expert"]
-    assert moment.samples
-    assert cross is None
+    assert found["expert"].moment.samples
+    assert found["expert"].cross is None
+
+
+class Normed(Attention):
+    """What its last layer gives does not come out as it is."""
+
+    def forward(self, x, attention_mask=None):
+        return nn.functional.layer_norm(super().forward(x), x.shape[-1:])
+
+
+class Doubled(Attention):
+    """What its last layer gives comes out twice."""
+
+    def forward(self, x, attention_mask=None):
+        hidden = self.out(self.value(x))
+        return (x + hidden + hidden, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "added"), [(Attention, {"out"}), (Normed, set()), (Doubled, set()), (InPlace, {"second"})]
+)
+def test_layers_whose_outputs_are_added_to_the_blocks_are_found(kind, added):
+    block, x = kind().eval(), torch.randn(5, 3, 8)
+    layers = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    inputs = BlockInputs(block, block, [x])
+    assert FloatInputs(block, inputs.calls, nullcontext, layers, 2**20).added == added
+
+
+@pytest.mark.parametrize("max_bytes", [2**20, 1])
+def test_the_last_layer_makes_up_for_what_goes_past_it(max_bytes):
+    block, x = Attention().eval(), torch.randn(50, 4, 8)
+    mask = torch.ones(50, 4, dtype=torch.long)
+    mask[:20, 2:] = 0
+    now = BlockInputs(block, block, [{"x": x + 0.1 * torch.tanh(3 * x), "attention_mask": mask}])
+    before = BlockInputs(block, block, [{"x": x, "attention_mask": mask}])
+    floats = FloatInputs(block, before.calls, nullcontext, {"out": block.out}, max_bytes)
+    ((_, pair),) = iter_paired_moments(now, floats, {"out": block.out}, max_bytes)
+    target = asymmetric_target(block.out.weight, pair, 1.0, 0.0)
+    used = mask.bool()
+    with torch.no_grad():
+        changed = now.calls[0][1]["x"]
+        hidden = (torch.tanh(block.query(changed)) * block.key(changed) + block.value(changed))[used].double()
+        wanted = (block(x) - changed - block.out.bias)[used].double()
+    expected = torch.linalg.lstsq(hidden, wanted).solution.T
+    torch.testing.assert_close(target.double(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_it_brings_the_outputs_nearer():
@@ -138,19 +201,6 @@ def test_it_brings_the_outputs_nearer():
     assert nearer >= 3
 
 
-class InPlace(nn.Module):
-    """Changes its input, as residual connections may."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, x):
-        x += self.first(x)
-        x += self.second(x)
-        return x
-
-
 def test_blocks_that_change_their_input_see_it_unchanged():
     block, x = InPlace().eval(), torch.randn(40, 8)
     given = x.clone()
@@ -162,8 +212,8 @@ def test_blocks_that_change_their_input_see_it_unchanged():
     layers = {"first": block.first}
     for _ in range(2):
         before = FloatInputs(block, inputs.calls, nullcontext, layers, 2**20)
-        ((_, found, _),) = iter_paired_moments(inputs, before, layers, 2**20)
-        torch.testing.assert_close(found.matrix[0], (given.T @ given / 40).double(), rtol=1e-5, atol=1e-5)
+        ((_, found),) = iter_paired_moments(inputs, before, layers, 2**20)
+        torch.testing.assert_close(found.moment.matrix[0], (given.T @ given / 40).double(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("max_bytes", "float_runs"), [(2**20, 1), (64, 3)])
@@ -175,13 +225,16 @@ def test_the_float_model_runs_once_where_its_inputs_fit_and_nothing_runs_behind_
     runs, calls = [], []
     block.value.register_forward_hook(lambda *_: calls.append("value"))
     before = FloatInputs(block, now.calls, lambda: nullcontext(runs.append(1)), layers, max_bytes)
-    (_, query, _), *_ = iter_paired_moments(now, before, {"query": block.query}, 2**20)
+    runs.clear()  # it was run to see which layers' outputs are added
+    calls.clear()
+    (_, query), *_ = iter_paired_moments(now, before, {"query": block.query}, 2**20)
     assert len(runs) == len(calls) == 1  # the layer is reached before value is
     for _ in range(2):
-        ((_, out, cross),) = iter_paired_moments(now, before, {"out": block.out}, 2**20)
+        ((_, out),) = iter_paired_moments(now, before, {"out": block.out}, 2**20)
     assert len(runs) == float_runs
-    torch.testing.assert_close(query.matrix[0], (x.reshape(-1, 8).T @ x.reshape(-1, 8) / 6).double())
-    torch.testing.assert_close(out.matrix, cross)  # the values are the same
+    torch.testing.assert_close(query.moment.matrix[0], (x.reshape(-1, 8).T @ x.reshape(-1, 8) / 6).double())
+    torch.testing.assert_close(out.moment.matrix, out.cross)  # the values are the same
+    assert not out.missing.any()
 
 
 class Failing(Attention):
