@@ -130,7 +130,7 @@ class SplitModule(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Sum what the parts make of the input; where the layer is fused, use the sum of their weights."""
-        if self.fusion is not None and not self.training and not self._is_watched():  # what is trained are the parts
+        if self.fusion is not None and not self.training and not self._parts_do_more():  # what is trained are the parts
             return self._dense_forward(input, *self._fused_tensors(input.dtype))
         first, *rest = self.parts()
         output = first(input)
@@ -142,9 +142,16 @@ class SplitModule(nn.Module):
         """Apply the layer with a single weight, laid out as the parts' weights are."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to run fused; give it _dense_forward")
 
-    def _is_watched(self) -> bool:
-        """Whether a part has hooks, which would not run where the layer runs fused."""
-        return any(part._forward_hooks or part._forward_pre_hooks for part in self.parts())
+    def _parts_do_more(self) -> bool:
+        """Whether a part does more than multiply by its weight, all of which running fused would leave out.
+
+        It has hooks, modules of its own (adapters, such as LoRA's, or fake quantizers), or a forward that was put over
+        its class's.
+        """
+        return any(
+            part._forward_hooks or part._forward_pre_hooks or part._modules or "forward" in part.__dict__
+            for part in self.parts()
+        )
 
     def _fused_tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         # A compiled or exported graph sums the parts itself: it cannot see that one of them was written into.

@@ -125,6 +125,39 @@ def test_hooks_on_parts_run() -> None:
     assert seen == [1]
 
 
+class Adapted(nn.Module):
+    """A low-rank adapter around a layer that answers the layer's weight for its own, as PEFT's do."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.more = layer, nn.Linear(layer.in_features, layer.out_features)
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.layer(inputs) + self.more(inputs)
+
+
+def _twice(part: nn.Linear) -> nn.Linear:
+    forward = part.forward
+    part.forward = lambda inputs: 2 * forward(inputs)
+    return part
+
+
+@pytest.mark.parametrize("change", [Adapted, _twice], ids=["adapter", "forward"])
+@pytest.mark.parametrize("first", [True, False], ids=["before fusing", "after it has run fused"])
+def test_parts_that_do_more_than_multiply_are_run(change, first: bool) -> None:
+    model = SplitQuantPass()(nn.Sequential(nn.Linear(16, 8)).eval())
+    inputs = torch.randn(3, 16)
+    with torch.no_grad():
+        unchanged = model(inputs)
+        if not first:
+            fuse(model)(inputs)
+        model[0].lower = change(model[0].lower).eval()
+        found = fuse(model)(inputs)
+        torch.testing.assert_close(found, unfuse(model)(inputs))
+    assert (found - unchanged).abs().max() > 1e-3
+
+
 def test_the_weights_that_quanto_will_freeze_are_those_that_run() -> None:
     quanto = pytest.importorskip("optimum.quanto")
     model = SplitQuantPass(splitter="kmeans")(nn.Sequential(nn.Linear(16, 8)).eval())
