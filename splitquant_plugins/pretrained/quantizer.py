@@ -5,6 +5,7 @@ Imported with transformers, and therefore light: what it takes to rebuild a mode
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,8 +65,12 @@ class SplitCheckpointQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module, *args: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return what `save_pretrained` writes, and bring up to date what the configuration says of it."""
-        from splitquant_plugins.pretrained.state import describe_and_state
+        from splitquant_plugins.pretrained.state import describe_and_state, refuse_other_tensors
 
+        # save_pretrained(state_dict=...) does not hand on what it was given, and writes what it gets from here.
+        caller = sys._getframe(1)
+        if caller.f_code.co_name == "save_pretrained":
+            refuse_other_tensors(model, caller.f_locals.get("state_dict"))
         saved: Any = model
         self.quantization_config, state = describe_and_state(model)
         saved.config.quantization_config = self.quantization_config

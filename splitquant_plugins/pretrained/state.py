@@ -19,7 +19,7 @@ from splitquant_plugins.pretrained.checkpoint_config import SplitCheckpointConfi
 from splitquant_plugins.pretrained.guards import guards
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Container, Iterable, Mapping
 
     from splitquant_plugins.checkpoints.saved_layers import SavedLayers
 
@@ -40,6 +40,31 @@ def describe_and_state(model: nn.Module) -> tuple[SplitCheckpointConfig, dict[st
         state, joined = joined_state(state, layers, parts_of(model), saved)
     described = SplitCheckpointConfig(manifest, backend, layers, dtype, _cast_buffers(model), joined)
     return described, {**_apart(state, [*layers, *_split(model)]), **guards(guarded_layers(model, layers))}
+
+
+def refuse_other_tensors(model: nn.Module, given: Mapping[str, Tensor] | None) -> None:
+    """Raise InputError where `given`, what `save_pretrained` was asked to write, is not what the model holds.
+
+    How a split model is written depends on its layers, so that it is written as it is. A name may be left out where
+    another has the same tensor, as of tied weights.
+    """
+    if given is None:
+        return
+    own = model.state_dict()
+    there = {own[name].data_ptr() for name in given if name in own}
+    other = [name for name, tensor in given.items() if name not in own or not _is_same(tensor, own[name])]
+    other += [name for name, tensor in own.items() if name not in given and tensor.data_ptr() not in there]
+    if other:
+        raise InputError(
+            f"state_dict is not what the model holds ({other[0]}, one of {len(other)}), and a split model is saved as it "
+            "is: call model.load_state_dict(state_dict) first, and leave state_dict out"
+        )
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return one.data_ptr() == other.data_ptr() or torch.equal(one, other.to(one.device))
 
 
 def _cast_buffers(model: nn.Module) -> dict[str, str]:

@@ -129,6 +129,21 @@ def test_a_model_that_lost_a_split_layer_is_not_saved(split, tmp_path):
         model.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_other_tensors_than_the_models_are_refused_and_its_own_are_written(split, tokens, tmp_path, tied):
+    model = split(llama(tie_word_embeddings=tied))
+    name = "model.layers.0.mlp.up_proj.upper.weight"
+    own = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for other in (own | {name: 2 * own[name]}, {**own, "more": own[name]}, {key: own[key] for key in own if key != name}):
+        with pytest.raises(InputError, match=r"state_dict is not what the model holds .*load_state_dict"):
+            model.save_pretrained(tmp_path / "other", state_dict=other)
+    model.save_pretrained(tmp_path / "own", state_dict=own)
+    own.pop("lm_head.weight", None)  # of tied weights one is enough
+    model.save_pretrained(tmp_path / "own", state_dict=own)
+    came_back = type(model).from_pretrained(tmp_path / "own")
+    assert torch.equal(logits(came_back, tokens), logits(model, tokens))
+
+
 def test_what_casting_did_to_computed_buffers_comes_back(split, tokens, tmp_path):
     model = split(llama().bfloat16())  # rotary frequencies too, which from_pretrained leaves in float32
     model.save_pretrained(tmp_path)
