@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.decoupleq.capture import predictions
+from splitquant_plugins.decoupleq.capture import detached, predictions
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.passes.calibration import Batches, evaluating, iter_calls, naming_batch
 
@@ -126,20 +126,24 @@ def _rows_are_alone(model: nn.Module, examples: Sequence[Example]) -> bool:
         return all(_has_rows(model, example) for example in examples[:1])
     example = examples[number]
     with evaluating(model), torch.no_grad(), naming_batch(number + 1, model):
-        together = predictions(model(*example.args, **example.kwargs))[0]
+        together = predictions(_called(model, example))[0]
         if not together.ndim or len(together) != example.rows:
             return False
         first = _rows_of(example, 0, 1)
         try:
-            alone = predictions(model(*first.args, **first.kwargs))[0]
+            alone = predictions(_called(model, first))[0]
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
             return False
     same = alone.shape == together[:1].shape
     return same and bool((alone - together[:1]).abs().max() <= _SAME * together.abs().max())
 
 
+def _called(model: nn.Module, example: Example) -> Any:
+    return model(*detached(example.args), **detached(example.kwargs))
+
+
 def _has_rows(model: nn.Module, example: Example) -> bool:
     """Whether a single row comes back as a single row: only then may such batches be joined."""
     with evaluating(model), torch.no_grad(), naming_batch(1, model):
-        output = predictions(model(*example.args, **example.kwargs))[0]
+        output = predictions(_called(model, example))[0]
     return output.ndim > 1 and len(output) == 1

@@ -21,7 +21,7 @@ from splitquant_plugins.decoupleq.asymmetric_calibration import (
     iter_paired_moments,
 )
 from splitquant_plugins.decoupleq.block_tuning import BlockChain, block_objective, follows, other_parameters
-from splitquant_plugins.decoupleq.capture import BlockInputs, block_outputs, capture_inputs
+from splitquant_plugins.decoupleq.capture import BlockInputs, block_outputs, capture_inputs, detached
 from splitquant_plugins.decoupleq.config import DecoupleQConfig
 from splitquant_plugins.decoupleq.examples import Example, examples_of, held_out_of
 from splitquant_plugins.decoupleq.layer_order import Stage, stages_of
@@ -256,7 +256,7 @@ class Run:
         floats.update({names[id(parameter)]: value for parameter, value in reversed(self.undo)})
 
         def float_outputs(place: int) -> Any:
-            return functional_call(self.model, floats, *calls[place])
+            return functional_call(self.model, floats, *detached(calls[place]))
 
         objective = model_objective(self.model, calls, rows, masks, float_outputs, self.calibration_bytes)
         self._train(objective, self.solutions, str, "the model")

@@ -32,7 +32,8 @@ class ClassScore:
     """Accuracy, agreement with the float model, and the signal-to-noise ratio of the logits in decibels.
 
     Logits are [n, classes, ...] with targets [n, ...], as PyTorch's cross entropy takes them. Without targets there is
-    no accuracy, and without at least two classes there is no agreement.
+    no accuracy, and without at least two classes there is no agreement. Logits with NaN among them are neither right
+    nor agreed on.
     """
 
     def __init__(self) -> None:
@@ -48,10 +49,10 @@ class ClassScore:
             if target is not None:
                 raise InputError(f"labels need outputs [n, classes], and the model's are {list(reference.shape)}")
             return
-        predicted = logits.argmax(1)
+        predicted = _likeliest(logits, without=-1)
         if target is not None:
             _refuse_unfit(target, reference)
-        self._same += int((predicted == reference.argmax(1)).sum())
+        self._same += int((predicted == _likeliest(reference, without=-2)).sum())
         self._counted += predicted.numel()
         if target is not None:
             self._right += int((predicted == target).sum())
@@ -88,7 +89,7 @@ class TokenScore:
             before, after = one.double(), other.double()
             self._signal += float(before.square().sum())
             self._noise += float((before - after).square().sum())
-            self._same += int((before.argmax(1) == after.argmax(1)).sum())
+            self._same += int((_likeliest(before, without=-2) == _likeliest(after, without=-1)).sum())
             before, after = before.log_softmax(1), after.log_softmax(1)
             self._surprise -= float(after.gather(1, wanted[:, None]).sum())
             self._divergence += float(torch.nn.functional.kl_div(after, before, reduction="sum", log_target=True))
@@ -104,6 +105,11 @@ class TokenScore:
             "kl": max(0.0, _finite(self._divergence / self._tokens)),  # max(0, NaN) is 0
             "tokens": self._tokens,
         }
+
+
+def _likeliest(logits: Tensor, without: int) -> Tensor:
+    """The class with the largest logit; `without` where one is no number, which argmax would take for the largest."""
+    return logits.argmax(1).masked_fill_(logits.isnan().any(1), without)
 
 
 def has_classes(logits: Tensor) -> bool:

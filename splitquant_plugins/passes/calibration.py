@@ -253,7 +253,8 @@ def only_input(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> T
 def iter_calls(model: nn.Module, batches: Batches) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Yield the (args, kwargs) of a forward call per batch, on the device of the model's first tensor.
 
-    Accepts what `iter_second_moments` accepts; `labels` is dropped from dicts, so that no loss is computed.
+    Accepts what `iter_second_moments` accepts; `labels` is dropped from dicts, so that no loss is computed. Tensors are
+    copied: a model that writes into its inputs leaves the batches as they are for the next run.
     """
     first = next(model.parameters(), None)
     found = batches() if callable(batches) else batches
@@ -275,8 +276,8 @@ def iter_calls(model: nn.Module, batches: Batches) -> Iterator[tuple[tuple[Any, 
         if any(isinstance(value, Tensor) and not value.numel() for value in (*args, *kwargs.values())):
             raise InputError(f"calibration batch {number} holds a tensor without values: leave it out")
         if first is not None:
-            args = tuple(_to_device(value, first.device) for value in args)
-            kwargs = {key: _to_device(value, first.device) for key, value in kwargs.items()}
+            args = tuple(_copied_to(value, first.device) for value in args)
+            kwargs = {key: _copied_to(value, first.device) for key, value in kwargs.items()}
         yield args, kwargs
 
 
@@ -308,8 +309,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+def _copied_to(value: Any, device: torch.device) -> Any:
+    return value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
 
 
 def moment_shape(name: str, layer: nn.Module) -> tuple[int, int, int]:

@@ -56,8 +56,8 @@ def refuse_other_tensors(model: nn.Module, given: Mapping[str, Tensor] | None) -
     other += [name for name, tensor in own.items() if name not in given and tensor.data_ptr() not in there]
     if other:
         raise InputError(
-            f"state_dict is not what the model holds ({other[0]}, one of {len(other)}), and a split model is saved as it "
-            "is: call model.load_state_dict(state_dict) first, and leave state_dict out"
+            f"state_dict is not what the model holds ({other[0]}, one of {len(other)}), and a split model is saved as "
+            "it is: call model.load_state_dict(state_dict) first, and leave state_dict out"
         )
 
 

@@ -241,3 +241,19 @@ def test_options_out_of_range(batches: list[dict[str, Tensor]]) -> None:
     ):
         with pytest.raises(ConfigError, match=option):
             DecoupleQPass(calibration=batches, **{option: value})
+
+
+def test_a_model_that_writes_into_its_inputs_is_trained_on_the_same_ones_each_time() -> None:
+    class Writes(Net):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x.add_(1))
+
+    torch.manual_seed(0)
+    net, given = Writes().eval(), torch.randn(32, 6)
+    kept = given.clone()
+    solved = [
+        DecoupleQPass(calibration=calibration, **TRAINED).apply(copy.deepcopy(net), grid=GRID)
+        for calibration in ([given], lambda: iter([kept.clone()]))
+    ]
+    assert torch.equal(given, kept)
+    assert all(torch.equal(one, other) for one, other in zip(*(each.parameters() for each in solved), strict=True))

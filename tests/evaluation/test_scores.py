@@ -31,6 +31,16 @@ def test_classes() -> None:
     assert classes(REFERENCE, REFERENCE, LABELS) == {"accuracy": 0.75, "agreement": 1.0, "logit_sqnr_db": 300.0}
 
 
+def test_what_is_no_number_is_neither_right_nor_agreed_on() -> None:
+    nothing = torch.full_like(LOGITS, torch.nan)
+    found = classes(REFERENCE, nothing, torch.zeros(4, dtype=torch.int64))
+    assert (found["accuracy"], found["agreement"], found["logit_sqnr_db"]) == (0.0, 0.0, -300.0)
+    assert classes(nothing, nothing, None)["agreement"] == 0.0
+    score = TokenScore()
+    score.add(nothing[None], nothing[None], torch.zeros(1, 4, dtype=torch.int64))
+    assert score.figures()["agreement"] == 0.0
+
+
 def test_classes_without_labels_and_outputs_without_classes() -> None:
     assert classes(REFERENCE, LOGITS, None)["accuracy"] is None
     assert classes(REFERENCE, LOGITS, None)["agreement"] == 1 / 4

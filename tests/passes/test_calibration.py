@@ -255,3 +255,21 @@ def test_a_convolution_with_inputs_of_other_channels_is_named(inputs: Tensor) ->
     layer = nn.Conv2d(3, 6, 3)
     with pytest.raises(InputError, match="calibration batch 1: conv takes 3 features, and gets"):
         collect_second_moments(layer, [inputs], {"conv": layer})
+
+
+class WritesIntoItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.add_(1))
+
+
+@pytest.mark.parametrize("given", [lambda x: x, lambda x: (x,), lambda x: {"x": x}], ids=["tensor", "tuple", "dict"])
+def test_batches_stay_as_they_are_whatever_the_model_does_to_its_inputs(given) -> None:
+    inputs = torch.randn(8, 4)
+    batches, model = [given(inputs.clone())], WritesIntoItsInput()
+    for _ in range(2):
+        moments = collect_second_moments(model, batches, linears(model))
+        torch.testing.assert_close(moments["layer"].matrix[0].double(), naive(inputs + 1))

@@ -134,7 +134,11 @@ def test_other_tensors_than_the_models_are_refused_and_its_own_are_written(split
     model = split(llama(tie_word_embeddings=tied))
     name = "model.layers.0.mlp.up_proj.upper.weight"
     own = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    for other in (own | {name: 2 * own[name]}, {**own, "more": own[name]}, {key: own[key] for key in own if key != name}):
+    for other in (
+        own | {name: 2 * own[name]},
+        {**own, "more": own[name]},
+        {key: own[key] for key in own if key != name},
+    ):
         with pytest.raises(InputError, match=r"state_dict is not what the model holds .*load_state_dict"):
             model.save_pretrained(tmp_path / "other", state_dict=other)
     model.save_pretrained(tmp_path / "own", state_dict=own)

@@ -61,7 +61,7 @@ class Task(ABC):
         """Read and check the data to measure on, `limit` inputs at most."""
 
     @abstractmethod
-    def calibration(self, source: str, limit: int = CALIBRATION_INPUTS) -> list[Batch]:
+    def calibration(self, source: str, limit: int = CALIBRATION_INPUTS) -> Sequence[Batch]:
         """Read inputs to calibrate with; labels, if any, are not read."""
 
     @abstractmethod

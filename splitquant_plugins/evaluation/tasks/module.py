@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from splitquant_plugins.errors import InputError
+from splitquant_plugins.evaluation.kept import Kept
 from splitquant_plugins.evaluation.python_functions import call_function, split_function
 from splitquant_plugins.evaluation.scores import ClassScore
 from splitquant_plugins.evaluation.tasks.base import CALIBRATION_INPUTS, Examples, Kind, Task
@@ -55,7 +56,7 @@ class Module(Task):
         targets = None if labels is None else torch.split(labels[:count], [_rows(batch) for batch in batches])
         return Examples(data, count, batches, targets)
 
-    def calibration(self, source: str, limit: int = CALIBRATION_INPUTS) -> list[Batch]:
+    def calibration(self, source: str, limit: int = CALIBRATION_INPUTS) -> Sequence[Batch]:
         """Call the function, and take the first inputs that it returns."""
         batches = _batches(self._inputs(source)[0], limit)
         self._example = batches[0]
@@ -116,14 +117,17 @@ def _labels(source: str, labels: Any, count: int) -> Tensor:
     return found.long()
 
 
-def _batches(inputs: Mapping[str, Tensor], limit: int | None) -> list[Batch]:
-    """Cut inputs into batches of nearly the same size, small enough for memory."""
+def _batches(inputs: Mapping[str, Tensor], limit: int | None) -> Sequence[Batch]:
+    """Cut inputs into batches of nearly the same size, small enough for memory.
+
+    Each is copied whenever it is asked for: the module may write into its inputs, and is run on them again.
+    """
     cut = {name: tensor[:limit] for name, tensor in inputs.items()}
     count = _rows(cut)
     values = sum(tensor[:1].numel() for tensor in cut.values())
     number = -(-count // max(2, min(_BATCH_ROWS, _BATCH_VALUES // max(values, 1))))
     pieces = {name: tensor.tensor_split(number) for name, tensor in cut.items()}
-    return [{name: pieces[name][index] for name in pieces} for index in range(number)]
+    return Kept(number, lambda index: {name: each[index].clone() for name, each in pieces.items()}, most=0)
 
 
 def _rows(batch: Batch) -> int:

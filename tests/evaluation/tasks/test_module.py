@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from splitquant_plugins.backends import run_of
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.evaluation.subject import Subject, load_task_subject
 from splitquant_plugins.evaluation.tasks.module import Module
@@ -76,3 +77,31 @@ def test_a_module_that_takes_inputs_without_names(module_file: Path) -> None:
     module_file.write_text(module_file.read_text() + text)
     with pytest.raises(InputError, match="takes its input 'xs' without a name"):
         Module(f"{module_file}:anything").examples(f"{module_file}:inputs")
+
+
+def test_a_module_that_writes_into_its_inputs_gets_the_same_ones_each_time(tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(
+        """
+import torch
+
+
+class Net(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x.add_(1))
+
+
+def load():
+    return Net(3, 2)
+
+
+def test():
+    return torch.randn(5, 3)
+"""
+    )
+    task = Module(f"{file}:load")
+    subject = load_task_subject(task, f"{file}:test")
+    assert subject.measure(run_of(task.load_model()))["logit_sqnr_db"] == 300.0
+    batches = task.calibration(f"{file}:test")
+    run_of(task.load_model())(batches[0])
+    assert torch.equal(batches[0]["x"], task.example_batch(task.load_model())["x"])
