@@ -1,4 +1,7 @@
-"""Loading transformers models and tokenizers from a folder or the Hub, with errors a user can act on."""
+"""Loading transformers models and tokenizers from a folder or the Hub, with errors a user can act on.
+
+Code that comes with a model is never run: transformers would ask on a terminal whether to, unless it is told not to.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,7 @@ def load_config(model: str | Path) -> Any:
     transformers = require_transformers()
     _refuse_missing_folder(str(model))
     try:
-        return transformers.AutoConfig.from_pretrained(model)
+        return transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # whatever transformers makes of a file that is not what it should be
         raise InputError(f"cannot load the configuration of {model}: {first_line(error)}") from None
 
@@ -96,7 +99,9 @@ def _loaded_whole(kind: Any, model: str) -> nn.Module:
         Source(folder, check_total=False)  # transformers takes an index that is wrong in silence
     try:
         # Mismatches are refused below, with their names.
-        loaded, report = kind.from_pretrained(model, output_loading_info=True, ignore_mismatched_sizes=True)
+        loaded, report = kind.from_pretrained(
+            model, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
+        )
     except Exception as error:  # whatever transformers makes of a file that is not what it should be
         if is_sharded(folder) or (folder / SINGLE_FILE).is_file():
             Source(folder, check_total=False)  # names the file that is damaged
@@ -156,7 +161,7 @@ def load_tokenizer(model: str, *, padding: bool = True) -> Any:
     """Load the tokenizer of a model; one without its vocabulary or, with `padding`, a padding token is refused."""
     transformers = require_transformers()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # whatever transformers makes of a file that is not what it should be
         raise InputError(f"cannot load the tokenizer of {model}: {first_line(error)}") from None
     if len(tokenizer) < 100:  # a vocabulary that was not found leaves only the special tokens
@@ -174,7 +179,7 @@ def load_image_processor(model: str) -> Any:
     transformers = require_transformers()
     optional("PIL", "pictures need pillow, imported as", "image")
     try:
-        return transformers.AutoImageProcessor.from_pretrained(model)
+        return transformers.AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
     except ImportError as error:  # some are written for torchvision alone
         raise MissingExtraError(
             f"the image processor of {model} is missing something: {first_line(error)}; try pip install torchvision"

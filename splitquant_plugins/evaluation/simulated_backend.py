@@ -24,7 +24,7 @@ from splitquant_plugins.backends import (
     WeightFormat,
     quantized_by,
 )
-from splitquant_plugins.errors import ConfigError
+from splitquant_plugins.errors import ConfigError, InputError
 from splitquant_plugins.evaluation.metrics import linear_weights
 from splitquant_plugins.grid import Grid, UniformGrid
 from splitquant_plugins.modules import layer_of_part
@@ -72,7 +72,10 @@ class SimulatedBackend(Backend):
             split = model if first is None else first.apply(model, grid=grid, ignore=[glob.escape(n) for n in kept])
             owners = layer_of_part(split)
             rounded: dict[int, Tensor] = {}
-            for name, weight in linear_weights(split).items():
+            weights = linear_weights(split)
+            if not weights:
+                raise InputError(f"simulated finds no layer to quantize in {type(model).__name__}")
+            for name, weight in weights.items():
                 if name in kept:
                     continue
                 memory = weight.data_ptr()

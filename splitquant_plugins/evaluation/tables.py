@@ -88,13 +88,14 @@ def print_table(
 ) -> None:
     """Print rows as a table with the columns chosen."""
     from rich.console import Console
+    from rich.markup import escape  # names of layers and files are no markup
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for _, heading, show in columns:
         table.add_column(heading, justify="left" if show is text else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(show(row[key]) for key, _, show in columns))
+        table.add_row(*(escape(show(row[key])) for key, _, show in columns))
     console = console or Console()
     if not console.is_terminal and not os.environ.get("COLUMNS"):  # a pipe or a file has no width to fit into
         console = Console(width=200, file=console.file)

@@ -49,7 +49,8 @@ def label_number(value: Any, label_ids: Mapping[str, int], where: str) -> int:
     if isinstance(value, str) and value in label_ids:
         return label_ids[value]
     try:
-        label = int(value)
+        # int() would cut 1.7 down to 1.
+        label = -1 if isinstance(value, float) and not value.is_integer() else int(value)
     except (TypeError, ValueError):
         label = -1
     if label not in label_ids.values():

@@ -104,11 +104,13 @@ def stream_model(
             records = [done[number] for number in numbers]
             return _conclude(shards, layout, first, packer, records, len(numbers) - len(todo), extras)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
+            limit = error.errno == errno.EFBIG
+            problem = "takes no file of that size; raise the limit (ulimit -f)" if limit else "is full; free some space"
             raise InputError(
-                f"the disk of {place.folder} is full; free some space and run the command again: finished shards are "
-                "kept, and it goes on from there"
+                f"the disk of {place.folder} {problem} and run the command again: finished shards are kept, and it "
+                "goes on from there"
             ) from None
 
 

@@ -9,6 +9,7 @@ import os
 import pytest
 from rich.console import Console
 
+from splitquant_plugins.errors import InputError
 from splitquant_plugins.evaluation.tables import print_table
 from splitquant_plugins.evaluation.texts import load_texts
 
@@ -138,3 +139,32 @@ def test_piped_tables_are_as_wide_as_columns_says(capsys, monkeypatch):
         lines = capsys.readouterr().out.splitlines()
         assert max(map(len, lines)) <= widest
         assert (widest == 200) == any("x" * 150 in line for line in lines)
+
+
+def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(classifier, texts, fails, tmp_path, monkeypatch):
+    folder, marker = classifier(), tmp_path / "ran"
+    (folder / "code.py").write_text(f"import pathlib; pathlib.Path({str(marker)!r}).touch()\n")
+    path = folder / "config.json"
+    names = dict.fromkeys(("AutoConfig", "AutoModelForSequenceClassification"), "code.Thing")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "thing", "auto_map": names}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    said = fails("compare", folder, "--data", texts, "--backend", "simulated", "--weights", "int4", "--split", "none")
+    assert "custom code" in said
+    assert not marker.exists()
+
+
+def test_names_of_layers_and_files_are_no_markup(capsys):
+    print_table("[b]net[-b].py", [{"layer": "[/b]x[bold]"}], (("layer", "layer", str),))
+    shown = capsys.readouterr().out
+    assert "[b]net[-b].py" in shown
+    assert "[/b]x[bold]" in shown
+
+
+@pytest.mark.parametrize("label", [1.7, float("inf"), float("nan")])
+def test_labels_are_whole_numbers(label, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "w1", "label": 1.0}) + "\n")
+    assert load_texts(str(path), LABELS).labels == [1]
+    path.write_text(json.dumps({"text": "w1", "label": label}) + "\n")
+    with pytest.raises(InputError, match=rf"row 1: label {label} is not one of the model's 0 to 2"):
+        load_texts(str(path), LABELS)

@@ -351,19 +351,25 @@ def test_two_at_once_are_refused(half_done, stream, tmp_path):
         stream(half_done)
 
 
-def test_a_full_disk_is_one_clear_line_and_nothing_is_lost(checkpoints, stream, tmp_path, read_all, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.ENOSPC, "is full; free some space"), (errno.EFBIG, r"takes no file of that size; .*ulimit")],
+)
+def test_a_full_disk_is_one_clear_line_and_nothing_is_lost(
+    checkpoints, stream, tmp_path, read_all, monkeypatch, number, said
+):
     folder = checkpoints.save(checkpoints.bert())
     append, left = writer.ShardWriter._append, [60]
 
     def full(self, *arguments):
         left[0] -= 1
         if left[0] < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(number, os.strerror(number))
         append(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(writer.ShardWriter, "_append", full)
-        with pytest.raises(InputError, match=r"the disk of .*streamed\.partial is full; free some space"):
+        with pytest.raises(InputError, match=rf"the disk of .*streamed\.partial {said}"):
             stream(folder)
     assert not list((tmp_path / "streamed.partial").rglob(".*.partial"))
     assert stream(folder).shards_found_done > 0

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 IMAGE_CLASSIFICATION = Kind("image-classification", "accuracy", CLASS_MEASURES, ClassScore)
 SUFFIXES = (".png", ".jpg", ".jpeg")
 FORMATS = ("PNG", "JPEG")
+# Pictures of other formats are not opened, and not passed over either.
+OTHER_SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpe", ".ppm", ".tif", ".tiff", ".webp")
 BATCH = 32
 NAMED = ("image", "img")
 
@@ -107,6 +109,7 @@ def _in_folder(path: Path, *, need_label: bool) -> list[Picture]:
     classes = _classes(split)
     if not classes and need_label:
         raise InputError(f"{split} has no folders of PNG or JPEG files, one for each class")
+    _refuse_deeper_pictures(split)
     alone = [_of_file(file, None) for file in _files(split)]
     if alone and classes:
         raise InputError(f"{split} has pictures beside the folders of classes, {alone[0].where} for one")
@@ -121,7 +124,19 @@ def _classes(path: Path) -> list[Path]:
 
 
 def _files(path: Path) -> list[Path]:
-    return [file for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES and file.is_file()]
+    files = [file for file in sorted(path.iterdir()) if file.is_file()]
+    other = next((file for file in files if file.suffix.lower() in OTHER_SUFFIXES), None)
+    if other is not None:
+        raise InputError(f"{other} is neither PNG nor JPEG: convert it, or take it out of the folder")
+    return [file for file in files if file.suffix.lower() in SUFFIXES]
+
+
+def _refuse_deeper_pictures(path: Path) -> None:
+    """Raise InputError for pictures below the folders of classes, where none are looked for."""
+    for folder in (each for each in sorted(path.iterdir()) if each.is_dir()):
+        for inner in (each for each in sorted(folder.iterdir()) if each.is_dir()):
+            if found := _files(inner):
+                raise InputError(f"{found[0]} is not in the folder of its class itself: put it into {folder}")
 
 
 def _of_file(file: Path, label: str | None) -> Picture:

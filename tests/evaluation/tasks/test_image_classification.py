@@ -70,6 +70,20 @@ def test_a_saved_dataset(classifier: Path, pictures: Path, tmp_path: Path) -> No
         task_of(str(classifier)).examples(str(tmp_path / "other"))
 
 
+def test_no_picture_is_passed_over(classifier: Path, pictures: Path) -> None:
+    task = task_of(str(classifier))
+    (pictures / "LABEL_0" / "notes.txt").write_text("no picture")
+    assert task.examples(str(pictures)).count == 6
+    (pictures / "LABEL_0" / "more").mkdir()
+    deeper = (pictures / "LABEL_0" / "0.png").rename(pictures / "LABEL_0" / "more" / "0.png")
+    with pytest.raises(InputError, match=r"more/0.png is not in the folder of its class itself"):
+        task.examples(str(pictures))
+    deeper.rename(pictures / "LABEL_0" / "0.webp")
+    for data in (pictures, pictures / "LABEL_0"):
+        with pytest.raises(InputError, match=r"LABEL_0/0.webp is neither PNG nor JPEG: convert it"):
+            task.calibration(str(data))
+
+
 def test_folders_that_are_wrong(classifier: Path, pictures: Path, tmp_path: Path) -> None:
     task = task_of(str(classifier))
     (pictures / "LABEL_0" / "0.png").write_bytes(b"no picture")

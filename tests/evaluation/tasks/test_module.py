@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitquant_plugins.backends import run_of
+from splitquant_plugins.backends import WeightRequest, run_of
 from splitquant_plugins.errors import InputError
+from splitquant_plugins.evaluation.simulated_backend import SimulatedBackend
 from splitquant_plugins.evaluation.subject import Subject, load_task_subject
 from splitquant_plugins.evaluation.tasks.module import Module
 
@@ -105,3 +106,9 @@ def test():
     batches = task.calibration(f"{file}:test")
     run_of(task.load_model())(batches[0])
     assert torch.equal(batches[0]["x"], task.example_batch(task.load_model())["x"])
+
+
+def test_a_module_without_a_layer_to_quantize_is_said_to_be_one() -> None:
+    form = SimulatedBackend().resolve(WeightRequest("int4"))
+    with pytest.raises(InputError, match="simulated finds no layer to quantize in ReLU"):
+        SimulatedBackend().quantize(torch.nn.ReLU(), form)
