@@ -19,7 +19,7 @@ from splitquant_plugins.backends import (
 )
 from splitquant_plugins.checkpoints.coverage import coverage, float_tensors, with_reasons
 from splitquant_plugins.decoupleq.decoupleq_pass import DecoupleQPass
-from splitquant_plugins.errors import ConfigError, InputError, first_line
+from splitquant_plugins.errors import ConfigError, InputError, SplitQuantError, first_line
 from splitquant_plugins.evaluation.choices import choices
 from splitquant_plugins.evaluation.disk_bits import bits_saved
 from splitquant_plugins.evaluation.metrics import WeightMeasures, measure_weights
@@ -177,7 +177,12 @@ def row_of(subject: Subject, run: Run, told: Told = lambda part: None) -> dict[s
     batches = run.calibration or subject.examples.batches
     with PeakMemory() as memory:
         quantized = quantize_leaving(run.backend, model, run.format, run.first, batches, subject.ignore)
-    figures = subject.measure(quantized.run, told)
+    try:
+        figures = subject.measure(quantized.run, told)
+    except SplitQuantError:
+        raise
+    except Exception as error:  # whatever a backend's layers make of the model's inputs, such as of their dtype
+        raise InputError(f"{run.title}: the quantized model cannot be run: {first_line(error)}") from error
     covered = quantized.manifest.coverage if quantized.manifest else None
     covered = covered or coverage(tensors, quantized.layers, quantized.manifest)
     covered = with_reasons(covered, dict.fromkeys(subject.ignore or (), HEAD_REASON))

@@ -46,7 +46,7 @@ def self_calibration(
 
     Raises ConfigError for options out of range, and InputError for a model that does not predict the next token.
     """
-    _check_options(model, sequences, length, temperature, batch_size)
+    _check_options(model, sequences, length, temperature, batch_size, seed)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
     with evaluating(model), torch.inference_mode():
@@ -67,10 +67,14 @@ def self_calibration(
     return batches
 
 
-def _check_options(model: nn.Module, sequences: int, length: int, temperature: float, batch_size: int) -> None:
+def _check_options(
+    model: nn.Module, sequences: int, length: int, temperature: float, batch_size: int, seed: int
+) -> None:
     for name, value, least in (("sequences", sequences, 1), ("length", length, 2), ("batch_size", batch_size, 1)):
         if not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}={value!r}: give a whole number of at least {least}")
+    if not isinstance(seed, int):
+        raise ConfigError(f"seed={seed!r}: give a whole number")
     if not 0 < temperature < float("inf"):
         raise ConfigError(f"temperature={temperature}: give a number above 0; 1 is the model's own distribution")
     longest = _setting(model, "max_position_embeddings", "n_positions")

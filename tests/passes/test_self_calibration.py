@@ -151,6 +151,7 @@ def test_batches_serve_as_calibration_and_for_training() -> None:
         ({"length": 1}, "length=1"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"seed": "a"}, "seed='a': give a whole number"),
         ({"length": 3, "prompts": torch.ones(2, 3, dtype=torch.int64)}, "leave nothing to write"),
     ],
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from splitquant_plugins.backends import WeightRequest, run_of
 from splitquant_plugins.errors import InputError
+from splitquant_plugins.evaluation.compare import Run, row_of
 from splitquant_plugins.evaluation.simulated_backend import SimulatedBackend
 from splitquant_plugins.evaluation.subject import Subject, load_task_subject
 from splitquant_plugins.evaluation.tasks.module import Module
@@ -112,3 +115,17 @@ def test_a_module_without_a_layer_to_quantize_is_said_to_be_one() -> None:
     form = SimulatedBackend().resolve(WeightRequest("int4"))
     with pytest.raises(InputError, match="simulated finds no layer to quantize in ReLU"):
         SimulatedBackend().quantize(torch.nn.ReLU(), form)
+
+
+def test_a_quantized_module_that_cannot_be_run_is_said_to_be_one(module_file: Path) -> None:
+    class Narrow(SimulatedBackend):
+        def quantize(self, *arguments: Any, **options: Any) -> Any:
+            def run(batch: Any) -> Any:
+                raise TypeError("only for 8 bits")
+
+            return replace(super().quantize(*arguments, **options), run=run)
+
+    backend = Narrow()
+    run = Run(backend, backend.resolve(WeightRequest("int4")), "none", 0, None)
+    with pytest.raises(InputError, match="simulated int4 none rtn: the quantized model cannot be run: only for 8 bits"):
+        row_of(measured(module_file, "test"), run)
