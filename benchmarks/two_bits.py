@@ -41,7 +41,8 @@ PACKAGES = ("splitquant-plugins", "torch", "transformers", "neural-compressor", 
 LINES, TOKENS, TESTED = 128, 192, 200
 # AutoRound leaves layers float with a side that is no multiple of this.
 MULTIPLE = 32
-OWN_TEXT = {"sequences": 1024, "length": 190}
+# Sequences that a model writes itself, each as long as a text of the test.
+OWN_SEQUENCES = 1024
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ def passes(
     def run(model: nn.Module, subject: Subject, group_size: int) -> nn.Module:
         batches = subject.calibration
         if own_text:
-            sizes = {"sequences": 8, "length": 16} if subject.smoke else OWN_TEXT
-            batches = self_calibration(model, seed=subject.seed, **sizes)
+            sequences, length = (8, 16) if subject.smoke else (OWN_SEQUENCES, subject.test[0]["input_ids"].shape[1])
+            batches = self_calibration(model, sequences=sequences, length=length, seed=subject.seed)
         less = {"block_steps": 2, "model_steps": 2} if subject.smoke else {}
         first: ModelPass | None = None if split is None else SplitQuantPass(**split)
         if values is not None:
@@ -249,10 +250,11 @@ def story_model(seed: int, folder: Path, texts: Path, smoke: bool) -> Subject:
 
 def subjects(arguments: argparse.Namespace, seed: int) -> Iterator[Subject]:
     """The models of a seed, and those with fewer layers quantized."""
-    found = [docstring_model(seed, arguments.model, arguments.smoke)]
+    loaders = [lambda: docstring_model(seed, arguments.model, arguments.smoke)]
     if arguments.story:
-        found.append(story_model(seed, arguments.story, arguments.texts, arguments.smoke))
-    for subject in found:
+        loaders.insert(0, lambda: story_model(seed, arguments.story, arguments.texts, arguments.smoke))
+    for load in loaders:
+        subject = load()
         yield subject
         more = unaligned(subject.model)
         if more:

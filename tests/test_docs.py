@@ -166,9 +166,9 @@ def test_a_split_language_model_comes_back_as_the_readme_says(models: Any) -> No
         transformers.GPT2LMHeadModel.from_pretrained("split")
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("_in_a_folder")
-def test_the_page_on_transformers_runs_as_it_stands(models: Any, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def _language_model(_in_a_folder: None) -> None:
+    """A folder `float` with a small Llama and its tokenizer."""
     pytest.importorskip("optimum.quanto")
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
@@ -179,11 +179,25 @@ def test_the_page_on_transformers_runs_as_it_stands(models: Any, capsys: pytest.
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.LlamaConfig(**sizes, vocab_size=99, max_position_embeddings=32)
     transformers.LlamaForCausalLM(config).save_pretrained("float")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("_language_model")
+def test_the_page_on_transformers_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
     scope = runs("model.push_to_hub", {"name": "float"}, "docs/transformers.md")
     again = runs("tokenizer.decode", {}, "docs/transformers.md")
     assert capsys.readouterr().out.startswith("Once upon a time w")
     tokens = torch.arange(6)[None]
     assert torch.equal(scope["model"](tokens).logits, again["model"](tokens).logits)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("_language_model")
+def test_the_first_screen_of_the_readme_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    scope = runs("tokenizer.decode", {"name": "float"})
+    assert capsys.readouterr().out.startswith("Once upon a time w")
+    assert scope["tokens"].shape[1] > 4
+    assert len(manifest_of(scope["model"]).split) == 7
 
 
 def test_pictures_are_what_the_script_draws(tmp_path: Path) -> None:
