@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from splitquant_plugins.cli.options import refuse_inputs_as_output
+from splitquant_plugins.cli.options import refuse_inputs_as_output, refuse_same_output
 from splitquant_plugins.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,11 +45,13 @@ def recipe_options(*, several: bool) -> Callable[[Callable[..., Any]], Callable[
                 _refuse_lost_options(context)
                 _refuse_code(context, given)
             decoupleq = None if read is None else read.decoupleq
+            outputs = {name: given.get(f"{name}_path") for name in ("json", "html")}
+            for path in outputs.values():
+                refuse_inputs_as_output(path, recipe)
+            refuse_same_output(**outputs, **{"save-recipe": save_recipe})
             if save_recipe is not None:
                 inputs = [given.get(name) for name in ("model", "data", "calibration")]
                 refuse_inputs_as_output(save_recipe, recipe, *inputs)
-                if save_recipe == given.get("json_path"):
-                    raise ConfigError(f"--save-recipe and --json both write {save_recipe}: choose another name for one")
                 kept = {"stride": None if read is None else read.stride}  # of no use to a command without it
                 _save(save_recipe, {**kept, **given}, decoupleq, several=several)
             return command(*args, decoupleq=decoupleq, **given)

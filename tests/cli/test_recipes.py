@@ -99,4 +99,11 @@ def test_a_recipe_is_not_written_over_what_is_read(fails, texts, tmp_path):
     assert (tmp_path / "config.json").read_text() == "{}"
     assert Path(texts).read_bytes() == before
     both = tmp_path / "both"
-    assert "both write" in fails("compare", tmp_path, "--data", texts, "--save-recipe", both, "--json", both)
+    for output in ("--json", "--html"):
+        assert "both write" in fails("compare", tmp_path, "--data", texts, "--save-recipe", both, output, both)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("weights: int2\n")
+    for output in ("--json", "--html"):
+        line = fails("compare", tmp_path / "model", "--data", texts, "--recipe", recipe, output, recipe)
+        assert "recipe.yaml is an input of this command" in line
+    assert recipe.read_text() == "weights: int2\n"
