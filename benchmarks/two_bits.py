@@ -179,6 +179,7 @@ METHODS = (
     Method("k-means", 2, 2, passes(2, split={"k": 2, "splitter": "kmeans"})),
     Method("auto", 2, 2, passes(2, split={"k": 2})),
     Method("auto + decoupleQ", 2, 2, passes(2, split={"k": 2}, values={})),
+    Method("auto + decoupleQ, blocks", 2, 2, passes(2, split={"k": 2}, values={"tune_blocks": True})),
     Method("k-means", 2, 3, passes(2, split={"k": 3, "splitter": "kmeans"})),
     Method("auto", 2, 3, passes(2, split={"k": 3})),
 )
