@@ -95,6 +95,8 @@ class LearnedRounding(nn.Module):
 
     @torch.no_grad()
     def _with_range_ends(self, codes: Tensor) -> Tensor:
+        if not self.grid.range_ends:
+            return codes
         points = self._whole_points()
         moved = torch.zeros_like(codes, dtype=torch.bool)
         zeros = self._in_all(codes == points[:, self.group_of_column])
@@ -121,8 +123,11 @@ class LearnedRounding(nn.Module):
 
     def _in_any(self, mask: Tensor) -> Tensor:
         """Whether it holds anywhere in a group: [out or 1, groups] from [out, d]."""
-        found = torch.zeros(len(mask), self.point.shape[1], device=mask.device)
-        found = found.scatter_reduce(1, self.group_of_column.expand_as(mask), mask.float(), "amax") > 0
+        if self.point.shape[1] == 1:
+            found = mask.any(dim=1, keepdim=True)
+        else:
+            found = torch.zeros(len(mask), self.point.shape[1], device=mask.device)
+            found = found.scatter_reduce(1, self.group_of_column.expand_as(mask), mask.float(), "amax") > 0
         return found.any(dim=0, keepdim=True) if len(self.point) < len(mask) else found
 
     def _in_all(self, mask: Tensor) -> Tensor:

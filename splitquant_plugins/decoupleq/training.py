@@ -87,16 +87,16 @@ class Objective:
     rows: Sequence[int]
     error: Callable[[int, Any], Tensor]
 
-    def of(self, place: int, learned: Learned | None = None) -> Tensor:
-        """The error of one call, with what was learned in the place of the module's own parameters."""
+    def of(self, place: int, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The error of one call, with `tensors`, by name, in the place of the module's own parameters."""
         args, kwargs = detached(self.calls[place])
-        tensors = learned.tensors() if learned is not None else {}
-        return self.error(place, functional_call(self.module, tensors, args, kwargs))
+        return self.error(place, functional_call(self.module, dict(tensors or {}), args, kwargs))
 
     def mean(self, places: Sequence[int], learned: Learned | None = None) -> float:
         """The mean error of these calls; infinite where it is not a number."""
         with evaluating(self.module), torch.no_grad():
-            total = sum(self.rows[place] * float(self.of(place, learned)) for place in places)
+            tensors = learned.tensors() if learned is not None else None  # once, and not for each call
+            total = sum(self.rows[place] * float(self.of(place, tensors)) for place in places)
         mean = total / max(sum(self.rows[place] for place in places), 1)
         return mean if math.isfinite(mean) else math.inf
 
@@ -135,15 +135,16 @@ def train(
             place = places[order.pop()]
             optimizer.zero_grad()
             with torch.enable_grad():
-                torch.autograd.backward(objective.of(place, learned) * (objective.rows[place] / most_rows))
+                error = objective.of(place, learned.tensors())
+                torch.autograd.backward(error * (objective.rows[place] / most_rows))
             optimizer.step()
             schedule.step()
             step += 1
             if step % every == 0 or step == options.steps:
-                error = objective.mean(held_out, learned)
-                trace.append(error)
-                if error < best:
-                    best, kept = error, _copied(learned)
+                mean = objective.mean(held_out, learned)
+                trace.append(mean)
+                if mean < best:
+                    best, kept = mean, _copied(learned)
     learned.load_state_dict(kept)
     return TrainingReport(before, best, step, tuple(trace))
 

@@ -104,7 +104,7 @@ def true_optimum(weight: Tensor, moment: Tensor, grid: SolverGrid, damping: floa
     # With R from H = RᵀR, the error is a plain least-squares one in the columns R q and R 1.
     root = torch.linalg.cholesky(damped).T
     target = root @ weight.double()[0]
-    codes = torch.tensor(list(itertools.product(range(grid.quant_min, grid.quant_max + 1), repeat=len(moment))))
+    codes = torch.cartesian_prod(*[torch.arange(grid.quant_min, grid.quant_max + 1)] * len(moment))
     best = float(target @ target)
     if grid.zero == "free":
         ones = root.sum(dim=1)

@@ -139,7 +139,7 @@ def test_deterministic_and_labels_do_not_matter(net, batches, plugins):
 def test_blocks_are_tuned(net, batches, plugins):
     reference, plain = copy.deepcopy(net), copy.deepcopy(net)
     DecoupleQPass(calibration=batches, plugins=plugins, **FAST).apply(plain, grid=GRID)
-    options = {"tune_blocks": True, "epochs": 12, "tune_biases": True}
+    options = {"tune_blocks": True, "epochs": 3, "tune_biases": True}
     DecoupleQPass(calibration=batches, plugins=plugins, **FAST, **options).apply(net, grid=GRID)
     changed = [
         not torch.equal(one.norm.weight, two.norm.weight) for one, two in zip(net.blocks, reference.blocks, strict=True)
@@ -236,7 +236,7 @@ def test_transformers_conv1d(plugins):
 
 @pytest.mark.parametrize("tune", [False, True])
 def test_a_run_that_was_killed_goes_on(net, batches, plugins, tmp_path, tune, monkeypatch):
-    options = {**FAST, "plugins": plugins, "resume_dir": tmp_path, "tune_blocks": tune, "epochs": 1}
+    options = {**FAST, "plugins": plugins, "resume_dir": tmp_path, "tune_blocks": tune, "block_steps": 10}
     straight = copy.deepcopy(net)
     DecoupleQPass(calibration=batches, **{**options, "resume_dir": None}).apply(straight, grid=GRID)
     before = weights(net)

@@ -20,7 +20,9 @@ from splitquant_plugins.grid import Grid
 from splitquant_plugins.plugins import Plugins
 
 FAST = {"rounds": 1, "starts": (1.0,), "sweeps": 1}
-TRAINED = {**FAST, "tune_blocks": True, "tune_model": True, "epochs": 2, "model_steps": 40, "batch_size": 8}
+TRAINED = {**FAST, "tune_blocks": True, "tune_model": True, "epochs": 2, "model_steps": 30, "batch_size": 16}
+# A few steps of each stage, for what does not depend on how well they go.
+SHORT = {**TRAINED, "epochs": 1, "model_steps": 5, "batch_size": 20}
 GRID = UniformGrid(2, "affine", "channel")
 
 
@@ -108,8 +110,7 @@ def test_training_helps_on_new_inputs_and_stays_on_the_grid(
     solved = DecoupleQPass(calibration=batches, plugins=plugins, **FAST).apply(copy.deepcopy(net), grid=grid)
     DecoupleQPass(calibration=batches, plugins=plugins, **TRAINED).apply(net, grid=grid)
     before, after = (divergence(one, reference, inputs(2)) for one in (solved, net))
-    # Parts leave so little to gain that on other inputs so few steps may also lose a little.
-    assert after < before * (1 if k == 1 else 1.1)
+    assert after < before
     rule = grid if k > 1 else getattr(grid, "whole", grid)
     # Rows whose parts serve better as they were split keep the floats that they were split into.
     on_grid = [one.name for one in manifest_of(net).solved if one.values is not None and not one.values.plain_rows]
@@ -136,7 +137,7 @@ def test_blocks_are_trained_in_windows(net: Net, batches: list[dict[str, Tensor]
     assert [one.what for one in found["blocks.0.up"].trainings] == ["block blocks.0", "blocks blocks.0 and blocks.1"]
     assert found["head"].trainings == ()
     one = found["blocks.0.up"].trainings[0]
-    assert (one.rows, one.rows_held_out, one.steps) == (136, 24, 34)
+    assert (one.rows, one.rows_held_out, one.steps) == (128, 32, 16)
 
 
 def test_a_model_that_training_makes_worse_stays_as_it_was(
@@ -169,7 +170,7 @@ def test_a_killed_run_goes_on_to_the_same_values(
     tmp_path: Any,
     monkeypatch: Any,
 ) -> None:
-    options: dict[str, Any] = {**TRAINED, **stages, "plugins": plugins}
+    options: dict[str, Any] = {**SHORT, **stages, "plugins": plugins}
     straight = DecoupleQPass(calibration=batches, **options).apply(copy.deepcopy(net), grid=GRID)
     before = weights(net)
     real, calls = module.solve_weight, []
@@ -200,7 +201,7 @@ def test_an_interrupted_training_puts_the_model_back(
 
     monkeypatch.setattr(module, "model_objective", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        DecoupleQPass(calibration=batches, plugins=plugins, **TRAINED).apply(net, grid=GRID)
+        DecoupleQPass(calibration=batches, plugins=plugins, **SHORT).apply(net, grid=GRID)
     assert same(weights(net), before)
 
 
@@ -252,7 +253,7 @@ def test_a_model_that_writes_into_its_inputs_is_trained_on_the_same_ones_each_ti
     net, given = Writes().eval(), torch.randn(32, 6)
     kept = given.clone()
     solved = [
-        DecoupleQPass(calibration=calibration, **TRAINED).apply(copy.deepcopy(net), grid=GRID)
+        DecoupleQPass(calibration=calibration, **SHORT).apply(copy.deepcopy(net), grid=GRID)
         for calibration in ([given], lambda: iter([kept.clone()]))
     ]
     assert torch.equal(given, kept)
