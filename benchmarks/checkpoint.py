@@ -4,7 +4,8 @@ Run `python benchmarks/checkpoint.py [--smoke] [--json FILE] [--folder DIR] [--r
 checkpoint has the shape of Llama-3.2-1B (1.24 billion bfloat16 parameters, tied embeddings; fewer with --layers) and
 random weights with heavy tails; it and one output take 6 GB in a temporary folder, which is removed afterwards. Rows
 are the paper's k-means and the default split, quanto INT4 with k = 2 and INT2 with k = 3, and a budget of stored bits
-in place of k. Loops are compiled before, by a small checkpoint. --in-memory adds the same rows without streaming.
+in place of k. All layers are quantized; the head, which is tied, stays whole. Loops are compiled before, by a small
+checkpoint. --in-memory adds the same rows without streaming.
 
 The limit is RLIMIT_DATA, which on Linux counts all private writable memory of the process: heap, anonymous
 mappings and thread stacks, touched or not. Allocations beyond it fail. Peak RSS is what the kernel reports for the
@@ -171,7 +172,8 @@ def _compile(work: Path, rows: Sequence[str]) -> None:
 
 def _command(source: Path, output: Path, jobs: int) -> list[str]:
     program = [sys.executable, "-c", "from splitquant_plugins.cli import main; main()", "quantize", str(source)]
-    return [*program, "--backend", "quanto", "--jobs", str(jobs), "--output", str(output)]
+    every_layer = ["--head", "-O", "untie_embeddings=false"]
+    return [*program, "--backend", "quanto", *every_layer, "--jobs", str(jobs), "--output", str(output)]
 
 
 def _quantize(work: Path, name: str, parameters: int, jobs: int, *, stream: bool) -> dict[str, Any]:

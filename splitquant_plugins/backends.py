@@ -219,9 +219,13 @@ class Packer(ABC):
     `weight_prefixes` count as its stored bits. `packs_bias` tells that biases are saved in a form of the backend's
     own, by `pack`; otherwise they are copied. Weights come as [out, in, ...], also those of layers that store
     them transposed. `pack` is called from several threads at once.
+
+    `ignore` are names of layers that stay float, set before a model is asked about: streaming leaves them out, whatever
+    `quantized` answers. None is the backend's own choice, and () is none.
     """
 
     grid: Grid
+    ignore: Sequence[str] | None = None
     weight_prefixes: ClassVar[tuple[str, ...]] = ("weight",)
     packs_bias: ClassVar[bool] = False
 

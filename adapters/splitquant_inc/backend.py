@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -99,13 +98,13 @@ class IncBackend(Backend):
 
         from splitquant_inc.storage import state_of
         from splitquant_inc.stored_layers import stored_layers
-        from splitquant_inc.weight_only import chosen_layers, widen_bfloat16
+        from splitquant_inc.weight_only import chosen_layers, leave_float, widen_bfloat16
         from splitquant_plugins.passes.module_tree import is_transformers_conv1d
 
         transposed = {name for name, module in model.named_modules() if is_transformers_conv1d(module)}
         recipe = _recipe(chosen, model)
         if ignore is not None:
-            _leave_float(recipe, ignore, model)
+            leave_float(recipe, ignore, model)
 
         def work() -> nn.Module:
             if first is None and chosen.method == ROUND_TO_NEAREST:
@@ -126,14 +125,6 @@ class IncBackend(Backend):
         if not quantized.layers:
             raise InputError(_nothing(quantized.model))
         return quantized
-
-
-def _leave_float(recipe: Any, names: Sequence[str], model: nn.Module) -> None:
-    """Leave the layers of those names float, and no others."""
-    # INC copies the weight of a tied head by these keys, and fails on a model that has none.
-    recipe.quant_lm_head = not names and bool(getattr(model, "_tied_weights_keys", None))
-    for name in names:
-        recipe.set_local(f"{re.escape(name)}$", type(recipe)(dtype="fp32"))
 
 
 def _import_in_order() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from splitquant_inc.grid import WORD_BITS, IncRtnGrid
 from splitquant_inc.packing import rtn_layer
 from splitquant_inc.storage import write_description
-from splitquant_inc.weight_only import chosen_layers
+from splitquant_inc.weight_only import chosen_layers, leave_float
 from splitquant_plugins.backends import Packer
 from splitquant_plugins.checkpoints.headers import TensorSpec
 from splitquant_plugins.errors import ConfigError
@@ -38,8 +39,11 @@ class IncRtnPacker(Packer):
         self._recipe = recipe
 
     def quantized(self, model: nn.Module) -> Sequence[str]:
-        """The layers that the configuration quantizes: Linear and Conv1D, but for the head of a language model."""
-        names = list(chosen_layers(self._recipe, model))
+        """The layers that the configuration quantizes: Linear and Conv1D, but for those in `ignore`.
+
+        Where that is None, INC leaves the head of a language model float.
+        """
+        names = self._chosen(model)
         for _, also in occurrences(model):
             if len(also) > 1 and also[0] in names:
                 raise ConfigError(
@@ -48,8 +52,14 @@ class IncRtnPacker(Packer):
         return names
 
     def ignored(self, model: nn.Module) -> Sequence[str]:
-        quantized = set(chosen_layers(self._recipe, model))
+        quantized = set(self._chosen(model))
         return [glob.escape(name) for name, _ in model.named_modules() if name and name not in quantized]
+
+    def _chosen(self, model: nn.Module) -> list[str]:
+        recipe = copy.deepcopy(self._recipe)
+        if self.ignore is not None:
+            leave_float(recipe, self.ignore, model)
+        return list(chosen_layers(recipe, model))
 
     def spec(self, shape: torch.Size, dtype: torch.dtype, *, part: bool) -> dict[str, TensorSpec]:
         """Codes, scales, zero points and bias, which INC stores for every layer, and its scale for FP8."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import glob
+import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,6 +114,14 @@ def layers_in_blocks(model: nn.Module) -> tuple[list[str], str | None]:
     for index, block in enumerate(found["transformers"]):
         names += [f"{found['transformers_name']}.{index}.{name}" for name in find_layers(block)]
     return names, found["transformers_post"].get("name")
+
+
+def leave_float(recipe: Any, names: Sequence[str], model: nn.Module) -> None:
+    """Have a configuration that has no pass leave the layers of those names float, and no others."""
+    # INC copies the weight of a tied head by these keys, and fails on a model that has none.
+    recipe.quant_lm_head = not names and bool(getattr(model, "_tied_weights_keys", None))
+    for name in names:
+        recipe.set_local(f"{re.escape(name)}$", type(recipe)(dtype="fp32"))
 
 
 def chosen_layers(recipe: Any, model: nn.Module) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def quantize(
     """Split and quantize MODEL (Hub id or folder, or FILE.py:FUNCTION that returns a module) and save it.
 
     transformers' `from_pretrained` loads what is saved, after `import splitquant_plugins`, and so does the backend's
-    adapter. The head of a language model stays float, but in a checkpoint that is streamed.
+    adapter. The head of a language model stays float, unless --head is given.
     """
     from splitquant_plugins.backends import ROUND_TO_NEAREST
     from splitquant_plugins.checkpoints.coverage import coverage_of, sentences

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from splitquant_plugins.streaming.workplace import Workplace
 
 # What may change the bits of an output, besides the backend's own packages and the plugins'.
 PACKAGES = ("splitquant-plugins", "torch", "numpy", "numba", "transformers")
+# What a plan calls the layers that stay float.
+IGNORED = "choice of layers that stay float"
 # Sources of plugins that come with no distribution of their own.
 BUILT_IN = "built in"
 
@@ -32,6 +35,7 @@ class Job(BaseModel):
     output: str
     backend: str
     weight_format: dict[str, Any]
+    ignore: tuple[str, ...] | None
     options: dict[str, Any]
     splitter_options: dict[str, Any]
     jobs: int
@@ -43,14 +47,20 @@ class Job(BaseModel):
 
 
 def plan_of(
-    source: Source, first: SplitQuantPass, backend: str, form: WeightFormat, shard_bytes: int
+    source: Source,
+    first: SplitQuantPass,
+    backend: str,
+    form: WeightFormat,
+    shard_bytes: int,
+    ignore: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """Return everything that the output depends on, as JSON has it."""
+    """Return everything that the output depends on, as JSON has it; `ignore` are names of layers that stay float."""
     plan = {
         "checkpoint": source.fingerprint(),
         "config.json": (source.folder / "config.json").read_text("utf-8"),
         "backend": backend,
         "weight format": form.__dict__,
+        IGNORED: ignore,
         "options": first.config.model_dump(mode="json"),
         "splitter options": first.splitter_options.model_dump(mode="json"),
         "version": version_of(),
@@ -76,6 +86,7 @@ def describe_job(
         output=str(output.resolve()),
         backend=backend.name,
         weight_format=plan["weight format"],
+        ignore=plan[IGNORED],
         options=plan["options"],
         splitter_options=plan["splitter options"],
         jobs=first.jobs,
@@ -109,8 +120,9 @@ def open_job(job: Job) -> Shards:
     packer = backend.packer(form)
     if packer is None:
         raise ConfigError(f"backend {job.backend} cannot stream {form.weights} ({form.method})")
+    packer.ignore = job.ignore
     source = Source(checkpoint)
-    own = plan_of(source, first, job.backend, form, job.shard_bytes)
+    own = plan_of(source, first, job.backend, form, job.shard_bytes, job.ignore)
     different = [key for key in job.plan if own.get(key) != job.plan[key]]
     if different:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -97,11 +98,13 @@ def make_layout(
     notes = first.plugins.prepare_model(model, first.config)
     if notes:
         raise ConfigError(f"streaming cannot prepare the model ({notes[0]}); {IN_MEMORY}")
-    selection = select_layers(model, first.config, first.plugins, packer.ignored(model))
+    stays_float = packer.ignore or ()
+    ignored = [*packer.ignored(model), *map(glob.escape, stays_float)]
+    selection = select_layers(model, first.config, first.plugins, ignored)
     selection = _within_budget(selection, parts or {})
     most = first.config.k if first.config.budget is None else MOST_BUDGET_PARTS
     chosen = {layer.name: layer.plan for layer in selection.split}
-    quantized = set(packer.quantized(model))
+    quantized = set(packer.quantized(model)).difference(stays_float)
     if not quantized:
         raise InputError(f"there is no layer to quantize in {type(model).__name__}")
     for layer in selection.split:

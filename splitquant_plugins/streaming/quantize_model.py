@@ -30,6 +30,7 @@ from splitquant_plugins.passes.base import ModelPass
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.plugins import Plugins
 from splitquant_plugins.pretrained.streamed_folder import describe_streamed
+from splitquant_plugins.streaming.layout import empty_skeleton
 from splitquant_plugins.streaming.run import stream_model
 
 TOKENIZER_FILES = (
@@ -104,7 +105,7 @@ def quantize_model(
         stream = is_sharded(model) and chosen.packer(form) is not None and not needs_model
     if stream:
         assert first is not None
-        figures = _stream(chosen, model, form, first, output, scheduler=scheduler, pretrained=pretrained)
+        figures = _stream(chosen, model, task, form, first, output, scheduler=scheduler, pretrained=pretrained)
     else:
         passes: Any = first if solver is None else solver if first is None else first + solver
         batches = calibration if form.method in chosen.calibrated else None
@@ -130,11 +131,12 @@ def quantize_model(
     }
 
 
-def _recipe(chosen: Backend, form: WeightFormat) -> dict[str, object]:
-    """What a recipe file says of the backend and the weight format."""
+def _recipe(chosen: Backend, form: WeightFormat, ignore: Sequence[str] | None) -> dict[str, object]:
+    """What a recipe file says of the backend, the weight format, and the head."""
     found = {"granularity": form.granularity, "group_size": form.group_size, "scheme": form.scheme}
     known: dict[str, object] = {name: value for name, value in found.items() if value is not None}
-    return {"backend": chosen.name, "weights": form.weights, **known, "method": form.method}
+    head = {"head": True} if ignore == () else {}
+    return {"backend": chosen.name, "weights": form.weights, **known, "method": form.method, **head}
 
 
 def _in_memory(
@@ -155,7 +157,7 @@ def _in_memory(
         given = batches or ([] if example is None else [example])
         quantized = quantize_leaving(chosen, loaded, form, first, given, ignore)
         if quantized.manifest is not None:
-            quantized.manifest.recipe = {**_recipe(chosen, form), **({"head": True} if ignore == () else {})}
+            quantized.manifest.recipe = _recipe(chosen, form, ignore)
         source = _folder_of(task.model)
         with _writing(output):
             _save(chosen, quantized, temporary, pretrained=pretrained)
@@ -163,15 +165,13 @@ def _in_memory(
                 _copy_files(source, temporary)
     covered = quantized.manifest.coverage if quantized.manifest else None
     covered = covered or coverage(tensors, quantized.layers, quantized.manifest)
-    covered = with_reasons(covered, dict.fromkeys(ignore or (), HEAD_REASON))
     stored = [part for parts in quantized.layers.values() for part in parts]
     weights = sum(parts[0].weight.numel() for parts in quantized.layers.values())
     less = bits_saved(quantized, chosen) if pretrained and saves_itself(quantized.model) else 0
     return {
         "layers_split": len(quantized.manifest.split) if quantized.manifest else 0,
         "layers_quantized": quantized.layers_quantized,
-        **_shares(covered),
-        "ignored": list(ignore or ()),
+        **_shares(covered, ignore),
         "bits_per_weight": sum(part.bits for part in stored) / weights,
         "disk_bits_per_weight": (sum(part.bits for part in stored) - less) / weights,
         "model_bytes": quantized.state_bytes,
@@ -193,6 +193,7 @@ def _save(chosen: Backend, quantized: QuantizedModel, folder: Path, *, pretraine
 def _stream(
     chosen: Backend,
     model: str,
+    task: Task | None,
     form: WeightFormat,
     first: SplitQuantPass,
     output: Path,
@@ -204,8 +205,9 @@ def _stream(
     if not folder.is_dir():
         raise InputError(f"{model} is not a folder, and only local checkpoints are streamed; download it first")
     extras = partial(_copy_files, folder)
-    made = stream_model(folder, output, first, chosen, form, extras=extras, scheduler=scheduler)
-    made.manifest.recipe = _recipe(chosen, form)
+    ignore = None if task is None else task.stays_float(empty_skeleton(folder)[0])
+    made = stream_model(folder, output, first, chosen, form, ignore=ignore, extras=extras, scheduler=scheduler)
+    made.manifest.recipe = _recipe(chosen, form, ignore)
     made.manifest.save(output)
     saved = chosen.saved_layers() if pretrained else None
     if saved is not None:
@@ -218,15 +220,16 @@ def _stream(
         "model_bytes": made.bytes,
         "split_seconds": made.split_seconds,
         "quantize_seconds": made.pack_seconds,
-        **_shares(made.coverage),
-        "ignored": [],
+        **_shares(made.coverage, ignore),
         "shards": made.shards,
         "shards_found_done": made.shards_found_done,
     }
 
 
-def _shares(found: Coverage) -> dict[str, Any]:
-    return found.model_dump(mode="json", exclude={"values"})
+def _shares(found: Coverage, ignore: Sequence[str] | None) -> dict[str, Any]:
+    """What a row says of what stays float; `ignore` are the heads among that."""
+    reasoned = with_reasons(found, dict.fromkeys(ignore or (), HEAD_REASON))
+    return {**reasoned.model_dump(mode="json", exclude={"values"}), "ignored": list(ignore or ())}
 
 
 @contextmanager

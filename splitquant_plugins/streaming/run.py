@@ -55,6 +55,7 @@ def stream_model(
     backend: Backend,
     form: WeightFormat,
     *,
+    ignore: Sequence[str] | None = None,
     extras: Callable[[Path], None] | None = None,
     scheduler: str | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -63,7 +64,8 @@ def stream_model(
     """Split and quantize the safetensors checkpoint in `folder` into `output`, which must not exist yet.
 
     What is worked on at once takes at most `working_bytes`, or what the largest layer takes; output shards have
-    at most `shard_bytes`, or one layer. `extras` adds files to the output. `scheduler` is the address of a Dask
+    at most `shard_bytes`, or one layer. `ignore` are names of layers that stay float; None is the backend's own choice,
+    and () is none. `extras` adds files to the output. `scheduler` is the address of a Dask
     scheduler, whose workers make the shards. Killed and started again, here or there, it goes on with the first
     shard that is not done. Raises InputError for a checkpoint that contradicts itself or the model, for a full disk,
     and where other work was begun for the same output; ConfigError for options that need the whole model, or
@@ -75,12 +77,13 @@ def stream_model(
             f"backend {backend.name} cannot stream {form.weights} ({form.method}); leave out --stream, or use quanto "
             "or inc"
         )
+    packer.ignore = ignore
     _refuse_what_needs_the_model(first)
     source = Source(folder)
     layout = make_layout(source, first, packer)
     place = Workplace(output)
     with place.locked():
-        plan = plan_of(source, first, backend.name, form, shard_bytes)
+        plan = plan_of(source, first, backend.name, form, shard_bytes, ignore)
         place.begin(plan)
         if first.config.budget is not None:
             layout = make_layout(

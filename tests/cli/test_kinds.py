@@ -140,6 +140,21 @@ def test_quantize_other_kinds(language_model: Any, module_file: Path, tmp_path: 
     assert "no tokenizer files" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_streamed_head_stays_float_unless_it_is_asked_for(
+    tied: bool, language_model: Any, tmp_path: Path, rows_of: Any, capsys
+) -> None:
+    pytest.importorskip("optimum.quanto")
+    common = ["quantize", language_model(tied=tied), "--stream", "--split", "kmeans", "--output"]
+    (row,) = rows_of(*common, tmp_path / "out")
+    assert (row["streamed"], row["ignored"], row["layers_split"]) == (True, ["lm_head"], 7)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("lm_head")]
+    assert "--head quantizes it" in line
+    (row,) = rows_of(*common, tmp_path / "head", "--head")
+    assert (row["streamed"], row["ignored"], row["layers_split"]) == (True, [], 8)
+    assert "lm_head" not in capsys.readouterr().out
+
+
 def test_quantize_a_module_with_a_backend_that_traces_it(
     module_file: Path, tmp_path: Path, rows_of: Any, fails
 ) -> None:

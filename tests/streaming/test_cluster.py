@@ -148,6 +148,16 @@ def test_a_worker_killed_in_the_middle_costs_its_shard_and_nothing_else(machines
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_a_head_stays_float_there_too(machines, checkpoints, stream, tmp_path):
+    folder = checkpoints.save(checkpoints.llama())
+    stream(folder, "all")
+    stream(folder, "here", ignore=("lm_head",))
+    stream(folder, "there", ignore=("lm_head",), scheduler=machines.address)
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+    quantized = [(tmp_path / name / "quanto_qmap.json").read_text() for name in ("all", "there")]
+    assert ["lm_head" in each for each in quantized] == [True, False]
+
+
 class Stop(Exception):  # noqa: N818
     pass
 

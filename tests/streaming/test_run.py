@@ -17,7 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from splitquant_plugins.backends import WeightRequest
 from splitquant_plugins.checkpoints.headers import read_header
+from splitquant_plugins.cli.options import untied_for_head
 from splitquant_plugins.errors import AlreadyQuantizedError, ConfigError, InputError, SplitFailedError
+from splitquant_plugins.evaluation.tasks.choose import task_of
+from splitquant_plugins.evaluation.tasks.language_model import head_sentences
 from splitquant_plugins.manifest import Manifest
 from splitquant_plugins.passes import split_layer
 from splitquant_plugins.streaming import run, workplace, writer
@@ -141,6 +144,55 @@ def test_a_quantized_head_stays_quantized_where_embeddings_are_tied(checkpoints,
     model = load(tmp_path / "streamed")
     assert isinstance(model.lm_head.weight, QTensor)
     assert not isinstance(model.model.embed_tokens.weight, QTensor)
+
+
+HEADS = [
+    ("quanto", "llama", {"tie_word_embeddings": True}, {}),
+    ("quanto", "llama", {"tie_word_embeddings": False}, {}),
+    ("quanto", "llama", {"tie_word_embeddings": True}, {"untie_embeddings": True}),
+    ("quanto", "llama", {"tie_word_embeddings": False}, {"exclude": "*.mlp.*", "budget": 8.0}),
+    ("inc", "llama", {"tie_word_embeddings": True}, {}),
+    ("inc", "llama", {"tie_word_embeddings": False}, {}),
+    ("inc", "gpt2", {}, {}),
+]
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize(("backend", "kind", "sizes", "options"), HEADS)
+def test_a_head_is_what_it_is_in_memory(
+    plugins, checkpoints, tmp_path, read_all, monkeypatch, backend, kind, sizes, options, head
+):
+    if backend == "inc":
+        pytest.importorskip("neural_compressor.torch")
+    monkeypatch.setattr(run, "SHARD_BYTES", 20_000)
+    folder = checkpoints.save(getattr(checkpoints, kind)(torch.float32, **sizes))
+    options = untied_for_head(options, head=head)
+    rows = [
+        quantize_model(
+            plugins,
+            str(folder),
+            backend,
+            WeightRequest("int2"),
+            "kmeans",
+            tmp_path / str(stream),
+            dict(options),
+            stream,
+            task=task_of(str(folder), head=head),
+        )
+        for stream in (False, True)
+    ]
+    assert [row["ignored"] for row in rows] == [[] if head else ["lm_head"]] * 2
+    figures = ("layers_split", "layers_quantized", "bits_per_weight", "model_bytes")
+    for column in (*figures, "split_share", "quantized_share", "left_float"):
+        assert rows[1][column] == rows[0][column], column
+    assert [head_sentences(row) for row in rows] == [head_sentences(rows[0])] * 2
+    assert_same_folders(tmp_path / "False", tmp_path / "True", read_all)
+    manifest = Manifest.load(tmp_path / "True")
+    assert manifest.recipe == Manifest.load(tmp_path / "False").recipe
+    assert ("lm_head" in {layer.name for layer in manifest.split}) is head
+    assert ("lm_head" in {layer.name for layer in manifest.kept}) is not head
+    stored = {name for name in read_all(tmp_path / "True") if name.startswith("lm_head.")}
+    assert (stored <= {"lm_head.weight"}) is not head
 
 
 def test_the_index_is_true_and_shards_are_small(checkpoints, stream, tmp_path):
@@ -322,6 +374,8 @@ def test_other_options_are_not_mixed_in(half_done, stream, tmp_path):
         stream(half_done, splitter="range")
     with pytest.raises(InputError, match="begun with another weight format"):
         stream(half_done, weights="int2")
+    with pytest.raises(InputError, match="begun with another choice of layers that stay float"):
+        stream(half_done, ignore=("classifier",))
     with pytest.raises(InputError, match="begun with another shard size"):
         stream(half_done, shard_bytes=30_000)
     assert stream(half_done).shards_found_done == 2
