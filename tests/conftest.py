@@ -72,8 +72,8 @@ def with_splitter(plugins: Plugins) -> Callable[..., Plugins]:
     return add
 
 
-@pytest.fixture
-def python_path(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, str]]:
+@pytest.fixture(scope="session")
+def python_path() -> Callable[..., dict[str, str]]:
     """Return the environment of a fresh interpreter that finds what this one finds, and some folders first."""
 
     def environment(*first: Path) -> dict[str, str]:

@@ -71,9 +71,18 @@ def test_a_splitter_is_added_in_one_file_with_one_test(
     assert known.is_file()
     assert register.count("\n") == 1
     known.write_text(known.read_text("utf-8") + f"    {register}", "utf-8")
-    assert "1 passed" in python("-m", "pytest", "-q", "-p", "no:cacheprovider", test)
-    command = "from splitquant_plugins.cli import main; import sys; sys.argv = ['splitquant', 'plugins']; main()"
-    assert re.search(r"kmeans, .*signs", python("-c", command))
+    # One process for both, as PyTorch takes seconds to import.
+    command = f"""if True:
+        import sys
+        import pytest
+        assert pytest.main(["-q", "-p", "no:cacheprovider", {test!r}]) == 0
+        from splitquant_plugins.cli import main
+        sys.argv = ["splitquant", "plugins"]
+        main()
+    """
+    printed = python("-c", command)
+    assert "1 passed" in printed
+    assert re.search(r"kmeans, .*signs", printed)
 
 
 def test_a_backend_is_added_in_one_folder_and_keeps_the_contract(

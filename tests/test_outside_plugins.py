@@ -81,6 +81,10 @@ print(json.dumps({
     "reloaded": (model(x, y) - skeleton(x, y)).abs().max().item(),
     "message": message,
 }))
+import sys
+from splitquant_plugins.cli import main
+sys.argv = ["splitquant", "plugins"]
+main()
 """
 
 BROKEN = {"SPLITQUANT_BLOCK_PLUGINS": "broken"}
@@ -132,10 +136,18 @@ def test_an_unknown_name_mentions_the_broken_one(python):
     assert "plugin 'broken' is broken" in result.stderr.splitlines()[-1]
 
 
-def test_the_splitter_and_the_layer_type_are_used(python):
-    result = python(USING, **BROKEN)
+@pytest.fixture(scope="module")
+def printed(site, python_path) -> str:
+    """What USING prints, the broken plugin beside it: one process for two tests, as PyTorch takes seconds to import."""
+    pytest.importorskip("splitquant_plugins.cli")
+    environment = {**python_path(site), "COLUMNS": "200"}
+    result = subprocess.run([sys.executable, "-c", USING], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
+    return result.stdout
+
+
+def test_the_splitter_and_the_layer_type_are_used(printed):
+    found = json.loads(printed.partition("\n")[0])
     assert found["kinds"] == ["bilinear", "linear"]
     assert found["types"] == ["SplitBilinear", "Bilinear"]
     assert found["shares"] == pytest.approx([1 / 2 - 1 / 12, 1 / 6, 1 / 2 - 1 / 12], abs=0.02)
@@ -145,10 +157,7 @@ def test_the_splitter_and_the_layer_type_are_used(python):
     assert "option spread=2" in found["message"]
 
 
-def test_the_command_line_lists_both(python):
-    pytest.importorskip("splitquant_plugins.cli")
-    listing = "import sys; sys.argv = ['splitquant', 'plugins']\nfrom splitquant_plugins.cli import main; main()"
-    result = python(listing, COLUMNS="200")
-    assert result.returncode == 0, result.stderr
+def test_the_command_line_lists_both(printed):
+    listing = printed.partition("\n")[2]
     for word in ("outside", "quantile", "1.2.3", "broken", "this plugin was made for another version"):
-        assert word in result.stdout
+        assert word in listing

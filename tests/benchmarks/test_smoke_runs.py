@@ -103,8 +103,12 @@ def test_restricted_grids() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_pass_memory() -> None:
     import pass_memory
+    import torch
 
-    assert [row["layers"] for row in pass_memory.run(smoke=True)] == ["3 x 64x64 float32", "3 x 64x64 bfloat16"]
+    rows = pass_memory.run(smoke=True)
+    rows.append(pass_memory.child(64, 3, "bfloat16", torch.get_num_threads()))  # in this process: they take seconds
+    assert [row["layers"] for row in rows] == ["3 x 64x64 float32", "3 x 64x64 bfloat16"]
+    assert all(row["model, MB"] < row["parts + 2 layers, MB"] for row in rows)
 
 
 def test_one_command_runs_them_and_importing_the_package_is_light(tmp_path: Path) -> None:

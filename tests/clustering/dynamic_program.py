@@ -16,10 +16,16 @@ def least_inertia(values, k, weights=None):
     x = x / size
     x = x - (w * x).sum() / w.sum()
     weight, moment, square = (np.append(0, np.cumsum(w * x**power)) for power in range(3))
-    weight, moment, square = (sums[None] - sums[:, None] for sums in (weight, moment, square))
-    cost = np.maximum(0, square - np.where(weight > 0, moment**2 / np.where(weight > 0, weight, 1), 0))
-    cost[np.tril_indices(len(cost), -1)] = np.inf
+    weight, moment, cost = (sums[None] - sums[:, None] for sums in (weight, moment, square))
+    weight[weight <= 0] = np.inf  # and so the mean of no values is 0
+    moment *= moment
+    moment /= weight
+    cost -= moment
+    np.maximum(cost, 0, out=cost)
+    cost[np.tri(len(cost), k=-1, dtype=bool)] = np.inf
     best = cost[0]
-    for _ in range(k - 1):
+    for _ in range(k - 2):
         best = (best[:, None] + cost).min(0)
-    return float(best[-1] * size**2), float(cost[0, -1] * size**2)
+    whole = cost[0, -1]
+    least = (best + cost[:, -1]).min() if k > 1 else whole  # of all values: the last cluster ends with the last of them
+    return float(least * size**2), float(whole * size**2)

@@ -121,7 +121,7 @@ def test_many_real_rows_beside_a_dynamic_program(rows, k):
     check_optimal(values, k, slack=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data(), st.integers(2, 4))
 def test_optimal_for_values_made_to_mislead(data, k):
     """Tight groups at any distance and of any size: many local optima, and outliers."""
@@ -251,7 +251,7 @@ def test_the_dynamic_program_is_right():
         assert least_inertia(values, k, weights)[0] == pytest.approx(least, rel=1e-12, abs=1e-12)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(weighted_values(), st.integers(1, 6), st.sampled_from([np.float32, np.float64]), st.booleans())
 def test_kernels_beside_the_dynamic_program(given, k, dtype, weighted):
     values, weights = given
@@ -259,7 +259,7 @@ def test_kernels_beside_the_dynamic_program(given, k, dtype, weighted):
     check_optimal(rows, k, torch.from_numpy(weights)[None] if weighted else None, slack=1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(weighted_values(), st.integers(2, 6))
 def test_the_kernels_dynamic_program_beside_the_plain_one(given, k):
     """`best_cuts` alone, without what brackets its cuts."""
@@ -315,7 +315,8 @@ def test_weights_are_repetitions():
 @pytest.mark.parametrize("k", [2, 3])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_long_rows_agree_with_short_ones(shape, k, dtype, monkeypatch):
-    rows = torch.from_numpy(SHAPES[shape](np.random.default_rng(5), 1 << 18)[None].astype(dtype))
+    rows = torch.from_numpy(SHAPES[shape](np.random.default_rng(5), 1 << 17)[None].astype(dtype))
+    monkeypatch.setattr("splitquant_plugins.clustering.exact_kmeans._LONG", 1 << 17)
     long = optimal_clusters(rows, k)
     monkeypatch.setattr("splitquant_plugins.clustering.exact_kmeans._LONG", 1 << 40)
     short = optimal_clusters(rows, k)

@@ -156,7 +156,7 @@ def test_completed_parts_pass_the_check(kind: int, weight: float, parts: list[fl
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("k", [2, 3])
 def test_any_number_of_threads_gives_the_same_parts(grid: UniformGrid, k: int, threads: None) -> None:
-    weight = heavy(200, 160)
+    weight = heavy(100, 160)
     tensors = [weight, weight.reshape(1, -1)]  # many groups, and one that is cut into pieces
     found = []
     for number in (1, 2, 3):
@@ -245,9 +245,9 @@ def test_levels_are_sums_and_nearest_is_the_nearest() -> None:
 
 def test_many_groups_are_as_good_as_each_by_itself() -> None:
     """A library of starts costs little: groups searched by themselves are hardly better."""
-    weight, rules = heavy(1024, 64), rules_of(shapes(GRIDS[0]))
+    weight, rules = heavy(384, 64), rules_of(shapes(GRIDS[0]))
     together = search(weight, rules, 2).error.sum()
-    alone = sum(search(weight[at : at + 16], rules, 2).error.sum() for at in range(0, 1024, 16))
+    alone = sum(search(weight[at : at + 16], rules, 2).error.sum() for at in range(0, 384, 16))
     assert together < 1.05 * alone
 
 
