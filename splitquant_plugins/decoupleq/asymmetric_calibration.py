@@ -133,7 +133,8 @@ def iter_paired_moments(
                             pairs[name].add(inputs, mask, others)
                 for name, mean in lacks.items():
                     if name not in unlike and float_output is not None:
-                        mean.add(found[name][0], mask, float_output - output_tensor(output))
+                        # Several that are solved at once share what is to be made up for.
+                        mean.add(found[name][0], mask, (float_output - output_tensor(output)) / len(lacks))
         for name in names:
             mean, pair, lack = own.pop(name), pairs.pop(name), lacks.pop(name, None)
             moment = SecondMoment(mean.matrix, mean.samples)

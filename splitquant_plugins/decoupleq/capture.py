@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def capture_inputs(model: nn.Module, block: nn.Module, batches: Batches) -> list
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), _keeping_no_cache(model), torch.no_grad():
             for number, (args, kwargs) in enumerate(iter_calls(model, batches), start=1):
                 try:
                     with naming_batch(number, model):
@@ -96,6 +97,20 @@ def predictions(output: Any) -> tuple[Tensor, bool]:
     """The tensor that a model's output is compared by, and whether it is its `logits`."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     return (logits, True) if isinstance(logits, Tensor) else (output_tensor(output), False)
+
+
+@contextmanager
+def _keeping_no_cache(model: nn.Module) -> Iterator[None]:
+    """No cache by the configurations of transformers, whose blocks would add to it in every replay."""
+    configs = {id(config): config for config in (getattr(each, "config", None) for each in model.modules())}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
 
 
 def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -252,6 +252,55 @@ def test_an_error_in_a_later_block_puts_the_weights_back():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+class Parallel(nn.Module):
+    """Two layers of one input, both added to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.one(x) + self.two(x)
+
+
+def test_layers_solved_at_once_share_what_is_to_be_made_up_for():
+    block, x = Parallel().eval(), torch.randn(60, 8)
+    layers = {"one": block.one, "two": block.two}
+    now = BlockInputs(block, block, [x + 0.1 * torch.randn(60, 8)])
+    before = FloatInputs(block, BlockInputs(block, block, [x]).calls, nullcontext, layers, 2**20)
+    for name, pair in iter_paired_moments(now, before, layers, 2**20):
+        with torch.no_grad():
+            layers[name].weight.copy_(asymmetric_target(layers[name].weight, pair, 1.0, 0.0))
+    given = now.calls[0][0][0]
+    with torch.no_grad():
+        left = (before.of(0)[1] - block(given)).double()
+    expected = torch.linalg.lstsq(given.double(), left).solution
+    assert expected.abs().max() < 1e-4  # nothing is left that the inputs explain
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["GPTJ", "Bloom", "Mamba"])
+def test_language_models_that_keep_their_cache_under_other_names(kind):
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "GPTJ": {"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4, "n_positions": 16},
+        "Bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
+        "Mamba": {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+    }[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=32, **sizes)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    found = []
+    for use_cache in (True, False):
+        twin = copy.deepcopy(model)
+        twin.config.use_cache = use_cache
+        batches = [{"input_ids": torch.arange(24).reshape(2, 12)}]
+        DecoupleQPass(calibration=batches, rounds=1, starts=(1.0,), exclude="lm_head").apply(twin, grid=GRID)
+        assert twin.config.use_cache is use_cache
+        found.append(twin.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", [{}, {"asymmetric_calibration": 0.0}, {"tune_blocks": True, "epochs": 1}])
 def test_a_language_model_that_keeps_a_cache(options):
