@@ -531,6 +531,7 @@ def realise_groups(
     short = len(choice) == 0 and values.shape[1] <= SHORT * width
     in_order = digits_in_order(width, k) if short else np.empty((0, k), np.int64)
     taken = np.empty(values.shape[1] if short else 0)
+    row = np.empty((k, values.shape[1]), out.dtype)  # not a view of `out`: realise_span is compiled for one layout
     for group in range(len(values)):
         if scales[group, 0] == 0:
             out[:, group] = 0.0
@@ -541,12 +542,12 @@ def realise_groups(
         else:
             sums, middles, digits, table = tabulate(codes, spans, shapes[group], scales[group])
         pins = pins_of(ends, shapes[group], scales[group])
-        row = out[:, group]
         chosen = choice[group] if len(choice) else nearest
         realise_span(values[group], chosen, middles, digits, table, pins, either, kind, row, held, taken)
         index, changed = force_pins(values[group], sums, middles, taken, table, pins, either, kind, held)
         for change in range(len(index)):
             row[:, index[change]] = changed[:, change]
+        out[:, group] = row
 
 
 @compiled

@@ -546,11 +546,22 @@ class CountedBatches:
 
 
 @pytest.mark.parametrize("budget", [None, 6.0])
-def test_calibration_batches_are_read_once_where_all_statistics_fit(plugins, models, budget):
+def test_calibration_batches_are_read_once_where_all_statistics_fit(with_splitter, models, budget):
     batches, float_model = [torch.randn(8, 12) for _ in range(2)], models.mlp()
 
+    def weighted(tensor, plan):
+        """Parts that depend on the statistics, and take no time."""
+        if plan.k == 1 or plan.role == "bias":
+            return [tensor, *[torch.zeros_like(tensor)] * (plan.k - 1)]
+        squares = plan.second_moment.diagonal(dim1=-2, dim2=-1)
+        inner = torch.where((tensor.abs() < tensor.abs().mean()) | (squares < squares.median()), tensor, 0)
+        return [inner, tensor - inner, *[torch.zeros_like(tensor)] * (plan.k - 2)]
+
+    plugins = with_splitter(weighted)
+    type(plugins.splitter("test")).uses_calibration = True
+
     def split(calibration, **options):
-        first = SplitQuantPass(calibration=calibration, splitter="grid", budget=budget, plugins=plugins, **options)
+        first = SplitQuantPass(calibration=calibration, splitter="test", budget=budget, plugins=plugins, **options)
         return first.apply(copy.deepcopy(float_model), grid=UniformGrid(2))
 
     counted = CountedBatches(batches)
@@ -561,6 +572,7 @@ def test_calibration_batches_are_read_once_where_all_statistics_fit(plugins, mod
     counted = CountedBatches(batches)
     model = split(counted, calibration_bytes=1)
     measured = 0 if budget is None else 3
+    assert manifest_of(model).split
     assert counted.times == measured + len(manifest_of(model).split)
 
 
