@@ -102,7 +102,7 @@ def predictions(output: Any) -> tuple[Tensor, bool]:
 @contextmanager
 def _keeping_no_cache(model: nn.Module) -> Iterator[None]:
     """No cache by the configurations of transformers, whose blocks would add to it in every replay."""
-    configs = {id(config): config for config in (getattr(each, "config", None) for each in model.modules())}
+    configs: dict[int, Any] = {id(each): each for each in (getattr(one, "config", None) for one in model.modules())}
     caching = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
     for config in caching:
         config.use_cache = False

@@ -14,6 +14,8 @@ from splitquant_plugins.errors import ConfigError, SplitQuantWarning
 from splitquant_plugins.grid import Granularity, Grid, Scheme, UniformGrid
 
 _DEFAULT_BITS = 2
+# Parts begin so near to the float weight that the rates of whole layers lead away from it.
+_RATE_OF_PARTS = 0.2
 # Keywords of DecoupleQPass that are not of its configuration.
 _OTHER_KEYWORDS = ("calibration", "calibration_bytes", "progress", "resume_dir")
 
@@ -44,8 +46,10 @@ class DecoupleQConfig(BaseModel):
     model_steps: int = Field(2400, ge=0, description="with tune_model: most training steps")
     batch_size: int = Field(4, ge=1, description="in training: rows (sequences, images) per step")
     held_out: float = Field(0.125, gt=0, lt=1, description="part of the rows that training is judged by, at most 64")
-    learning_rate: float = Field(1e-3, gt=0, description="of norms and biases; of scales, relative, twice that")
-    code_learning_rate: float = Field(2e-2, gt=0, description="of codes, in codes per step; of zero points a quarter")
+    learning_rate: float = Field(1e-3, gt=0, description="of norms and biases; of scales twice that; of splits a fifth")
+    code_learning_rate: float = Field(
+        2e-2, gt=0, description="of codes, per step; of zeros a quarter; of splits a fifth"
+    )
     damping: float = Field(0.01, ge=0, description="part of the mean diagonal of H that is added to its diagonal")
     rounding: Literal["gptq", "projected"] = Field("gptq", description="how codes are chosen for given scales")
     rounds: int = Field(4, ge=0, description="most alternations of codes and scales per start")
@@ -74,14 +78,15 @@ class DecoupleQConfig(BaseModel):
         """Options of the layer stage."""
         return SolveOptions(**{key: value for key, value in self if key in SolveOptions.__dataclass_fields__})
 
-    def training_options(self, examples: int, *, whole_model: bool) -> TrainingOptions:
-        """Options of the training of a block, or of the model, on so many examples."""
+    def training_options(self, examples: int, *, whole_model: bool, in_parts: bool = False) -> TrainingOptions:
+        """Options of the training of a block, or of the model, on so many examples; `in_parts`: some layer is split."""
+        part = _RATE_OF_PARTS if in_parts else 1.0
         return TrainingOptions(
             steps=self.model_steps if whole_model else min(self.block_steps, self.epochs * examples),
-            code_rate=self.code_learning_rate,
-            point_rate=self.code_learning_rate / 4,
-            scale_rate=2 * self.learning_rate,
-            float_rate=self.learning_rate,
+            code_rate=part * self.code_learning_rate,
+            point_rate=part * self.code_learning_rate / 4,
+            scale_rate=part * 2 * self.learning_rate,
+            float_rate=part * self.learning_rate,
             trains_codes=self.tune_codes,
             seed=self.seed,
         )

@@ -288,7 +288,9 @@ class Run:
         )
         before = objective.mean(self.held_out)
         learned = Learned(module, weights, names)
-        options = config.training_options(len(self.trained_on), whole_model=module is self.model)
+        in_parts = any(len(layer.modules) > 1 for layer in layers.values())
+        whole = module is self.model
+        options = config.training_options(len(self.trained_on), whole_model=whole, in_parts=in_parts)
         report = train(learned, objective, self.trained_on, self.held_out, options)
         found = {
             name: with_codes(solution, layers[name].grid, *relearned(parts[name]))
