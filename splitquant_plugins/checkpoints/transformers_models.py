@@ -45,14 +45,22 @@ def empty_model(config: Any, where: str | Path) -> nn.Module:
 
 
 def forget_tied_embeddings(model: nn.Module) -> None:
-    """Tell a transformers model that its head, now split, no longer shares the embedding's weight."""
+    """Tell a transformers model that its head, now split, no longer shares the embedding's weight.
+
+    Its configuration goes on saying that embeddings are tied where others are, or where the model may compute
+    differently by it, as encoder-decoders like UMT5 do.
+    """
     config: Any = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
     tied = getattr(model, "all_tied_weights_keys", None)
+    others: dict[str, str] = {}
     if isinstance(tied, dict):
         there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        cast("Any", model).all_tied_weights_keys = {key: value for key, value in tied.items() if key in there}
+        others = {key: value for key, value in tied.items() if key in there}
+        cast("Any", model).all_tied_weights_keys = others
+    if others or getattr(config, "is_encoder_decoder", False):
+        return
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
 
 
 def load_classifier(model: str) -> nn.Module:

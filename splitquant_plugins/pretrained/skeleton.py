@@ -86,6 +86,7 @@ def fill_skeleton(model: nn.Module, config: SplitCheckpointConfig, saved: SavedL
     for name, described in separate.items():
         assert saved is not None
         _make(model, name, described, dict(model.get_submodule(name).state_dict()), saved)
+    _fill_buffers(model, [*guarded_layers(model, config.layers), *config.layers])
     for name, kind in config.buffers.items():
         owner, _, key = name.rpartition(".")
         module: Any = model.get_submodule(owner)
@@ -198,6 +199,63 @@ def _mark_initialized(model: nn.Module, layers: Iterable[str], stored: Container
     for name, module in modules.items():
         if name in layers or name.startswith(inside):
             module.__dict__[_INITIALIZED] = True
+
+
+def _fill_buffers(model: nn.Module, layers: Sequence[str]) -> None:
+    """Compute the buffers that no file has, as transformers does, of the modules around those layers.
+
+    Transformers itself was kept from that (`_mark_initialized`). Meanwhile the layers have stand-ins, and all tensors
+    that were loaded are marked, so that nothing else is initialized.
+    """
+    from transformers import PreTrainedModel, initialization
+
+    modules = dict(model.named_modules(remove_duplicate=False))
+    lacking = [name for name in sorted(_around(layers)) if _unsaved(modules[name])]
+    if not lacking:
+        return
+    loaded = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for name in lacking:
+        for key in _unsaved(modules[name]):
+            loaded.pop(id(modules[name]._buffers[key]), None)
+    for tensor in loaded.values():
+        setattr(tensor, _INITIALIZED, True)
+    outermost = [name for name in layers if not name.startswith(tuple(f"{other}." for other in layers))]
+    try:
+        for name in outermost:
+            replace_module(model, name, _stand_in())
+        with torch.no_grad(), initialization.guard_torch_init_functions():
+            for name in lacking:
+                owners = [
+                    name.rsplit(".", cut)[0] if cut <= name.count(".") else "" for cut in range(name.count(".") + 2)
+                ]
+                owner = next(modules[each] for each in owners if isinstance(modules[each], PreTrainedModel))
+                owner._init_weights(modules[name])
+    finally:
+        for name in outermost:
+            replace_module(model, name, modules[name])
+
+
+def _stand_in() -> nn.Module:
+    """A layer whose weight and bias need no values."""
+    layer = nn.Linear(0, 0, device="meta")
+    for tensor in layer.parameters():
+        setattr(tensor, _INITIALIZED, True)
+    return layer
+
+
+def _unsaved(module: nn.Module) -> list[str]:
+    """Names of a module's own buffers that are in no file."""
+    return [key for key in sorted(module._non_persistent_buffers_set) if module._buffers.get(key) is not None]
+
+
+def _around(layers: Iterable[str]) -> set[str]:
+    """Names of all modules that the layers are in."""
+    found: set[str] = set()
+    around = {name.rpartition(".")[0] for name in layers if name}
+    while around - found:
+        found |= around
+        around = {name.rpartition(".")[0] for name in around if name}
+    return found
 
 
 def _own_tensors(name: str, module: nn.Module) -> list[str]:
