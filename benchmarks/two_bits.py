@@ -1,7 +1,7 @@
 """Two stored bits of causal language models: what each method leaves of the float model, and in what time.
 
     python benchmarks/two_bits.py [--story FOLDER --texts FOLDER] [--model FOLDER] [--group-size N] [--seeds 1]
-        [--only METHOD,METHOD] [--json FILE] [--smoke]
+        [--only 'METHOD; METHOD'] [--json FILE] [--smoke]
 
 Two models: the Llama that causal_lm.py trains on docstrings (`--model` keeps its weights between runs), and with
 `--story` a folder of transformers with `--texts`, which holds calibration.txt and test.txt, a document per line. All
@@ -160,7 +160,7 @@ METHODS = (
     Method("RTN", 2, 1, stock("RTN", 2), aligned=True),
     Method("HQQ", 2, 1, stock("HQQ", 2, quant_zero=False)),
     Method("AWQ", 2, 1, stock("AWQ", 2, use_auto_scale=False)),
-    Method("GPTQ", 2, 1, stock("GPTQ", 2, act_order=True), aligned=True),
+    Method("GPTQ", 2, 1, stock("GPTQ", 2, act_order=True)),  # INC's quantizes layers that are to stay float
     Method("AutoRound, 200 steps", 2, 1, auto_round(2, 200), aligned=True),
     Method("AutoRound, 1000 steps, extension", 2, 1, auto_round(2, 1000, enable_alg_ext=True), aligned=True),
     Method("decoupleQ", 2, 1, passes(2, values={}), aligned=True),
@@ -283,7 +283,7 @@ def measured(subject: Subject, method: Method, group_size: int, wanted: Sequence
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows; those that are done are written to `--json` as they come."""
     rows: list[dict[str, Any]] = []
-    only = arguments.only.split(",") if arguments.only else None
+    only = {name.strip() for name in arguments.only.split(";")} if arguments.only else None
     for seed in range(arguments.seeds):
         for subject in subjects(arguments, seed):
             wanted = [log_chances(subject.model, batch) for batch in subject.test]
@@ -292,7 +292,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append({**row, "seed": seed, "bits/weight": 32.0, "KL": kl, "perplexity": perplexity})
             for method in METHODS:
                 name = f"{method.name}/{method.bits}/{method.parts}"
-                if only is not None and not {method.name.partition(",")[0], method.name, name} & set(only):
+                if only is not None and not {method.name, name} & only:
                     continue
                 if method.name.startswith("AutoRound") and find_spec("auto_round") is None:
                     continue

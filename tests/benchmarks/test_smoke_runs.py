@@ -71,7 +71,7 @@ def test_two_bits(tmp_path: Path) -> None:
     pytest.importorskip("neural_compressor.torch")
     import two_bits
 
-    only = "RTN,decoupleQ/2/1,auto/2/2"
+    only = "RTN; decoupleQ/2/1; auto/2/2"
     arguments = argparse.Namespace(
         story=None, texts=None, model=tmp_path, group_size=32, seeds=2, only=only, json=None, smoke=True
     )
