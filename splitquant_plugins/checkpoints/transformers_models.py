@@ -5,6 +5,7 @@ Code that comes with a model is never run: transformers would ask on a terminal 
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -44,8 +45,8 @@ def empty_model(config: Any, where: str | Path) -> nn.Module:
     return made
 
 
-def forget_tied_embeddings(model: nn.Module) -> None:
-    """Tell a transformers model that its head, now split, no longer shares the embedding's weight.
+def forget_tied_embeddings(model: nn.Module, layers: Container[str] = ()) -> None:
+    """Tell a transformers model that its head, split or one of `layers`, no longer shares the embedding's weight.
 
     Its configuration goes on saying that embeddings are tied where others are, or where the model may compute
     differently by it, as encoder-decoders like UMT5 do.
@@ -55,7 +56,7 @@ def forget_tied_embeddings(model: nn.Module) -> None:
     others: dict[str, str] = {}
     if isinstance(tied, dict):
         there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        others = {key: value for key, value in tied.items() if key in there}
+        others = {name: of for name, of in tied.items() if name in there and name.rpartition(".")[0] not in layers}
         cast("Any", model).all_tied_weights_keys = others
     if others or getattr(config, "is_encoder_decoder", False):
         return

@@ -90,7 +90,7 @@ def untie_packed(model: nn.Module, layers: Container[str]) -> None:
     """Tell a transformers model that a tied head that was quantized has codes of its own."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     if any(name.rpartition(".")[0] in layers for name in tied):
-        forget_tied_embeddings(model)
+        forget_tied_embeddings(model, layers)
 
 
 def _quantized(model: nn.Module) -> tuple[str | None, SavedLayers | None, dict[str, dict[str, Any]]]:

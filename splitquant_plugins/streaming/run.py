@@ -181,7 +181,7 @@ def _conclude(
     manifest.coverage = coverage(float_tensors(layout.model), whole, manifest)
     manifest.seconds = sum(layer.seconds for layer in layers)
     if first.config.untie_embeddings:
-        forget_tied_embeddings(layout.model)
+        forget_tied_embeddings(layout.model, whole | by_name.keys())
     same_as = dict(layout.same_as)
     for record in records:
         same_as.update(record.same_as)
