@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import random
 import statistics
 import tempfile
@@ -35,12 +34,11 @@ from torch import Tensor, nn
 
 from splitquant_plugins import DecoupleQPass, SplitQuantPass, self_calibration
 from splitquant_plugins.evaluation.peak_memory import PeakMemory
+from splitquant_plugins.evaluation.scores import TokenScore
 from splitquant_plugins.passes.base import ModelPass
 
 PACKAGES = ("splitquant-plugins", "torch", "transformers", "neural-compressor", "auto-round")
 LINES, TOKENS, TESTED = 128, 192, 200
-# AutoRound leaves layers float with a side that is no multiple of this.
-MULTIPLE = 32
 # Sequences that a model writes itself, each as long as a text of the test.
 OWN_SEQUENCES = 1024
 
@@ -74,10 +72,10 @@ class Method:
 def recipe(kind: str, bits: int, subject: Subject, group_size: int, **options: Any) -> Any:
     """INC's configuration, with the layers to ignore left float."""
     from neural_compressor.torch import quantization
+    from splitquant_inc.weight_only import leave_float
 
     config = getattr(quantization, f"{kind}Config")(bits=bits, group_size=group_size, **options)
-    for name in subject.ignore:
-        config.set_local(f"{name}$", type(config)(dtype="fp32"))
+    leave_float(config, subject.ignore, subject.model)
     return config
 
 
@@ -185,22 +183,20 @@ METHODS = (
 )
 
 
-def log_chances(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Log-probabilities of the next token, [tokens, vocabulary]."""
+def next_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Logits of the next token, [batch, tokens, vocabulary]."""
     with torch.no_grad():
-        logits = model(**batch).logits[:, :-1].float()
-    return logits.log_softmax(dim=-1).flatten(0, 1)
+        found: Tensor = model(**batch).logits[:, :-1].float()
+    return found
 
 
-def quality(model: nn.Module, subject: Subject, wanted: Sequence[Tensor]) -> tuple[float, float]:
-    """KL to the float model per token, and perplexity."""
-    divergence, loss, count = 0.0, 0.0, 0
-    for batch, float_chances in zip(subject.test, wanted, strict=True):
-        found = log_chances(model, batch)
-        divergence += float((float_chances.exp() * (float_chances - found)).sum())
-        loss -= float(found.gather(1, batch["input_ids"][:, 1:].reshape(-1, 1)).sum())
-        count += len(found)
-    return divergence / count, math.exp(loss / count)
+def quality(model: nn.Module, subject: Subject, wanted: Sequence[Tensor]) -> dict[str, Any]:
+    """KL to the float model, whose logits are `wanted`, per token, and perplexity."""
+    score = TokenScore()
+    for batch, reference in zip(subject.test, wanted, strict=True):
+        score.add(reference, next_logits(model, batch), batch["input_ids"][:, 1:])
+    figures = score.figures()
+    return {"KL": figures["kl"], "perplexity": figures["perplexity"]}
 
 
 def stored_bits(model: nn.Module) -> float | None:
@@ -214,6 +210,8 @@ def stored_bits(model: nn.Module) -> float | None:
 
 def unaligned(model: nn.Module) -> list[str]:
     """Names of the Linears that AutoRound leaves float."""
+    from splitquant_inc.auto_round import MULTIPLE
+
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [name for name, each in linears if each.in_features % MULTIPLE or each.out_features % MULTIPLE]
 
@@ -276,8 +274,7 @@ def measured(subject: Subject, method: Method, group_size: int, wanted: Sequence
     row["seconds"] = time.perf_counter() - started
     row["peak MB"] = memory.megabytes
     row["bits/weight"] = stored_bits(quantized)
-    row["KL"], row["perplexity"] = quality(quantized, subject, wanted)
-    return row
+    return row | quality(quantized, subject, wanted)
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -286,10 +283,9 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     only = {name.strip() for name in arguments.only.split(";")} if arguments.only else None
     for seed in range(arguments.seeds):
         for subject in subjects(arguments, seed):
-            wanted = [log_chances(subject.model, batch) for batch in subject.test]
-            kl, perplexity = quality(subject.model, subject, wanted)
+            wanted = [next_logits(subject.model, batch) for batch in subject.test]
             row = {"model": subject.name, "layers": subject.layers, "method": "FP32", "format": "", "k": 1}
-            rows.append({**row, "seed": seed, "bits/weight": 32.0, "KL": kl, "perplexity": perplexity})
+            rows.append({**row, "seed": seed, "bits/weight": 32.0, **quality(subject.model, subject, wanted)})
             for method in METHODS:
                 name = f"{method.name}/{method.bits}/{method.parts}"
                 if only is not None and not {method.name, name} & only:

@@ -60,7 +60,7 @@ class SplitModule(nn.Module):
 
     fused_weight: Tensor | None
     fused_bias: Tensor | None
-    _fused_from: Sequence[tuple[Tensor, int]]
+    _fused_from: Sequence[tuple[Tensor, int, int]]
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -166,23 +166,22 @@ class SplitModule(nn.Module):
         if keeps and not (torch.is_grad_enabled() and weight.requires_grad):  # gradients go on to the parts
             self.fused_weight = weight.detach()
             self.fused_bias = None if bias is None else bias.detach()
-            self._fused_from = tuple((tensor, _version(tensor)) for tensor in sources)
+            self._fused_from = tuple((tensor, _version(tensor), _address(tensor)) for tensor in sources)
         return weight, bias
 
     def _is_of(self, sources: Sequence[Tensor]) -> bool:
         """Whether what fusing materialised was made of these tensors as they are now, and needs no gradient."""
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in sources):
             return False
-        made_of: Sequence[tuple[Tensor, int]] = self.__dict__.get("_fused_from", ())
+        made_of: Sequence[tuple[Tensor, int, int]] = self.__dict__.get("_fused_from", ())
         return len(made_of) == len(sources) and all(
-            tensor is before and _version(tensor) == version
-            for tensor, (before, version) in zip(sources, made_of, strict=True)
+            tensor is before and _version(tensor) == version and _address(tensor) == address
+            for tensor, (before, version, address) in zip(sources, made_of, strict=True)
         )
 
     def train(self, mode: bool = True) -> SplitModule:
-        """Set the mode, as every module does; training makes what fusing materialised out of date."""
-        if mode:
-            self.forget_fused()
+        """Set the mode, as every module does; what fusing materialised is made anew after."""
+        self.forget_fused()
         return super().train(mode)
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -226,6 +225,11 @@ def dense_weight(module: nn.Module) -> Tensor:
 def _version(tensor: Tensor) -> int:
     """How often a tensor was written into; inference tensors do not count that."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a plain tensor's memory begins; backends' quantized ones have none of their own."""
+    return 0 if is_tensor_subclass(tensor) else tensor.data_ptr()
 
 
 def is_tensor_subclass(tensor: Tensor) -> bool:

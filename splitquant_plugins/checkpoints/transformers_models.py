@@ -58,9 +58,8 @@ def forget_tied_embeddings(model: nn.Module, layers: Container[str] = ()) -> Non
         there = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         others = {name: of for name, of in tied.items() if name in there and name.rpartition(".")[0] not in layers}
         cast("Any", model).all_tied_weights_keys = others
-    if others or getattr(config, "is_encoder_decoder", False):
-        return
-    if getattr(config, "tie_word_embeddings", False):
+    may_say = not others and not getattr(config, "is_encoder_decoder", False)
+    if may_say and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
 
 

@@ -14,6 +14,7 @@ from splitquant_plugins.errors import ConfigError
 if TYPE_CHECKING:
     from splitquant_plugins.backends import WeightRequest
 
+_PATTERNS = ("include", "exclude")
 # What the commands have an option of their own for, which -O would overrule or contradict.
 OWN_OPTIONS = {
     "k": "--k",
@@ -160,7 +161,8 @@ def pass_options(
         if name in given:
             raise ConfigError(f"-O {name} is given twice")
         given.add(name)
-        options[name] = _parsed(value.strip())
+        # A pattern may be a number, as the names of layers in a Sequential are.
+        options[name] = tuple(value.strip().split(",")) if name in _PATTERNS else _parsed(value.strip())
     return options
 
 

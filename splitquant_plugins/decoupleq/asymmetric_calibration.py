@@ -118,30 +118,29 @@ def iter_paired_moments(
             if name in before.added
         }
         unlike: set[str] = set()
-        for index, mask in enumerate(now.masks):
+        for index, masks in enumerate(now.masks):
             with naming_batch(index + 1, now.block):
                 wanted, float_output = before.of(index)
                 times = None if lacks else {name: len(wanted[name]) for name in names}
                 found, output = _replayed(now.block, now.calls[index], {name: layers[name] for name in names}, times)
                 for name in names:
                     for inputs in found[name]:
-                        own[name].add(inputs, mask)
+                        own[name].add(inputs, masks.of(layers[name]))
                     if [one.shape for one in wanted[name]] != [one.shape for one in found[name]]:
                         unlike.add(name)
                     if name not in unlike:
                         for inputs, others in zip(found[name], wanted[name], strict=True):
-                            pairs[name].add(inputs, mask, others)
-                for name, mean in lacks.items():
-                    if name not in unlike and float_output is not None:
-                        # Several that are solved at once share what is to be made up for.
-                        mean.add(found[name][0], mask, (float_output - output_tensor(output)) / len(lacks))
+                            pairs[name].add(inputs, masks.of(layers[name]), others)
+                alike = lacks.keys() - unlike
+                if alike and float_output is not None:
+                    # Several that are solved at once share what is to be made up for.
+                    share = (float_output - output_tensor(output)) / len(lacks)
+                    for name in alike:
+                        lacks[name].add(found[name][0], masks.of(layers[name]), share)
         for name in names:
             mean, pair, lack = own.pop(name), pairs.pop(name), lacks.pop(name, None)
-            moment = SecondMoment(mean.matrix, mean.samples)
-            if name in unlike:
-                yield name, PairedMoments(moment, None)
-            else:
-                yield name, PairedMoments(moment, pair.matrix, None if lack is None else lack.matrix)
+            cross, missing = (None if name in unlike or one is None else one.matrix for one in (pair, lack))
+            yield name, PairedMoments(SecondMoment(mean.matrix, mean.samples), cross, missing)
 
 
 def asymmetric_target(weight: Tensor, pair: PairedMoments, part: float, damping: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.passes.calibration import Batches, evaluating, iter_calls, naming_batch
+from splitquant_plugins.passes.token_masks import MaskFinder, TokenMasks
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -25,22 +26,20 @@ class BlockInputs(nn.Module):
         super().__init__()
         self.block = block
         self.calls: list[Call] = capture_inputs(model, block, batches)
-        self.masks = list(_masks(model, batches))
-        self.batches = [
-            {"index": index, "attention_mask": mask} if mask is not None else {"index": index}
-            for index, mask in enumerate(self.masks)
-        ]
+        self.masks = masks_of(model, iter_calls(model, batches))
+        self.batches = [{"index": index, "masks": masks} for index, masks in enumerate(self.masks)]
 
-    def forward(self, index: int, attention_mask: Tensor | None = None) -> Any:
-        """Replay a call; the mask is only for those who collect statistics."""
+    def forward(self, index: int, masks: TokenMasks | None = None) -> Any:
+        """Replay a call; the masks are only for those who collect statistics."""
         args, kwargs = detached(self.calls[index])
         return self.block(*args, **kwargs)
 
 
-def _masks(model: nn.Module, batches: Batches) -> Iterator[Tensor | None]:
-    for _, kwargs in iter_calls(model, batches):
-        mask = kwargs.get("attention_mask")
-        yield mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+def masks_of(model: nn.Module, calls: Iterable[Call]) -> list[TokenMasks]:
+    """Which tokens count in each of the model's calls."""
+    finder = MaskFinder(model)
+    with evaluating(model):
+        return [finder.masks(*call) for call in calls]
 
 
 class _BlockReached(Exception):  # noqa: N818 - control flow, not a failure

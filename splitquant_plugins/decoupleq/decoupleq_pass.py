@@ -25,7 +25,7 @@ from splitquant_plugins.grid import Grid
 from splitquant_plugins.manifest import ATTRIBUTE, Manifest, set_manifest
 from splitquant_plugins.passes.base import GridRule, ModelPass
 from splitquant_plugins.passes.calibration import Batches, evaluating
-from splitquant_plugins.passes.checks import refuse_quantized_model
+from splitquant_plugins.passes.checks import refuse_quantized_model, refuse_unfit_modules
 from splitquant_plugins.passes.module_tree import restored_on_error
 from splitquant_plugins.plugins import Plugins
 
@@ -141,3 +141,4 @@ def _refuse_unfit(model: object) -> None:
     if isinstance(manifest, Manifest) and manifest.values is not None:
         raise AlreadySplitError("DecoupleQPass was applied to this model before; load it afresh")
     refuse_quantized_model(model)
+    refuse_unfit_modules(model)

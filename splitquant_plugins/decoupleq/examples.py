@@ -28,12 +28,6 @@ class Example:
     rows: int
 
     @property
-    def mask(self) -> Tensor | None:
-        """The mask of padded tokens, [rows, tokens]."""
-        mask = self.kwargs.get("attention_mask")
-        return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
-    @property
     def batch(self) -> dict[str, Any] | tuple[Any, ...]:
         """As a batch of calibration data."""
         return self.kwargs if not self.args else self.args

@@ -21,7 +21,7 @@ from splitquant_plugins.decoupleq.asymmetric_calibration import (
     iter_paired_moments,
 )
 from splitquant_plugins.decoupleq.block_tuning import BlockChain, block_objective, follows, other_parameters
-from splitquant_plugins.decoupleq.capture import BlockInputs, block_outputs, capture_inputs, detached
+from splitquant_plugins.decoupleq.capture import BlockInputs, block_outputs, capture_inputs, detached, masks_of
 from splitquant_plugins.decoupleq.config import DecoupleQConfig
 from splitquant_plugins.decoupleq.examples import Example, examples_of, held_out_of
 from splitquant_plugins.decoupleq.layer_order import Stage, stages_of
@@ -34,6 +34,7 @@ from splitquant_plugins.decoupleq.training import Learned, Objective, train
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.manifest import TrainingRecord, ValuesRecord
 from splitquant_plugins.passes.calibration import Batches, iter_calls, iter_second_moments
+from splitquant_plugins.passes.token_masks import TokenMasks
 from splitquant_plugins.plugins import version_of
 from splitquant_plugins.progress import track
 
@@ -225,7 +226,7 @@ class Run:
         ):
             self.window, calls = self.window[1:], calls[1:]
         chain = BlockChain([one.block for one in self.window], calls)
-        objective = block_objective(chain, targets, rows, [example.mask for example in self.examples])
+        objective = block_objective(chain, targets, rows, [masks.of(solved.block) for masks in self._masks()])
         prefixes = {f"{one.name}." if one.name else "": f"blocks.{number}." for number, one in enumerate(self.window)}
 
         def inside(path: str) -> str:
@@ -241,11 +242,14 @@ class Run:
         ids = {id(parameter) for parameter in others.values()}
         return {name: p.detach() for name, p in self.model.named_parameters() if id(p) in ids}
 
+    def _masks(self) -> list[TokenMasks]:
+        return masks_of(self.model, [(example.args, example.kwargs) for example in self.examples])
+
     def _tune_model(self) -> None:
         """Train all that was solved on the model's own outputs."""
         calls = [(example.args, example.kwargs) for example in self.examples]
         rows = [example.rows for example in self.examples]
-        masks = [example.mask for example in self.examples]
+        masks = [masks.own for masks in self._masks()]
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         floats: dict[str, Tensor] = {
             _weight_of(path): original

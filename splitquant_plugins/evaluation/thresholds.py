@@ -74,9 +74,10 @@ def refuse_unmeasured(thresholds: Sequence[Threshold], kind: str, measures: Sequ
 def failures(thresholds: Sequence[Threshold], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Say which rows are beyond a threshold.
 
-    Judged are the rows with a split, of every backend, width and seed; plain rows, which are there to be compared
-    with, only where no row has a split.
+    Judged are the rows with a split, of every backend, width and seed. Plain rows are there to be compared with: where
+    no row has a split, those are judged whose values decoupleQ chose, and where there are none, all.
     """
-    judged = [row for row in rows if row["split"] != "none"] or rows
+    split = [row for row in rows if row["split"] != "none"]
+    judged = split or [row for row in rows if row["values"] == "decoupleq"] or rows
     said = (threshold.failure(row) for row in judged for threshold in thresholds)
     return [line for line in said if line is not None]

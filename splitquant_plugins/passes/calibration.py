@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from splitquant_plugins.errors import ConfigError, InputError, SplitQuantError, first_line
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d
 from splitquant_plugins.passes.select import AnyLayer
+from splitquant_plugins.passes.token_masks import MaskFinder, TokenMasks
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
 
@@ -70,7 +71,9 @@ def iter_second_moments(
     `layers` are submodules of `model`: nn.Linear, nn.Conv1d/2d/3d, or transformers' Conv1D. `batches` is an
     iterable of dicts (keyword arguments; `labels` is dropped), tuples or lists (positional arguments) or
     single tensors, or a callable that returns such an iterable. An `attention_mask` of shape [batch, seq] in
-    a dict leaves padded tokens out of the statistics of every layer whose input is [batch, seq, features].
+    a dict leaves padded tokens out of the statistics of every layer whose input is [batch, seq, features], or these
+    flattened; in an encoder-decoder, of the layers that read the encoder's tokens, and `decoder_attention_mask` of the
+    others.
 
     Where the matrices take more than `max_bytes`, the batches are run once per subset of layers that fits;
     a layer too large by itself gets a pass of its own. Products are computed in `dtype`. The model runs in
@@ -184,13 +187,12 @@ class RunningMean:
 
     def _rows(self, inputs: Tensor, mask: Tensor | None, width: int) -> Iterator[Tensor]:
         layer = self.layer
-        if (
-            not isinstance(layer, CONVOLUTIONS)
-            and mask is not None
-            and inputs.ndim >= 3
-            and inputs.shape[:2] == mask.shape
-        ):
-            inputs = inputs[mask.to(inputs.device) != 0]
+        if not isinstance(layer, CONVOLUTIONS) and mask is not None:
+            counted = mask.to(inputs.device) != 0
+            if inputs.ndim >= 3 and inputs.shape[:2] == mask.shape:
+                inputs = inputs[counted]
+            elif inputs.ndim == 2 and mask.shape[1] > 1 and len(inputs) == mask.numel():
+                inputs = inputs[counted.flatten()]
         axis, taps = -1, 1
         if isinstance(layer, CONVOLUTIONS):
             width, axis, taps = layer.in_channels, 1 - layer.weight.ndim, layer.weight[0, 0].numel()
@@ -220,22 +222,21 @@ class RunningMean:
 
 def _observe(model: nn.Module, batches: Batches, means: Mapping[str, RunningMean]) -> None:
     """One pass over the batches, with a hook on each layer."""
-    mask: Tensor | None = None
+    finder, masks = MaskFinder(model), TokenMasks()
 
     def hook_of(mean: RunningMean) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            mean.add(only_input(mean.name, args, kwargs), mask)
+            mean.add(only_input(mean.name, args, kwargs), masks.of(mean.layer))
 
         return hook
 
     seen = False
-    with evaluating(model), torch.no_grad(), ExitStack() as hooks:
-        for mean in means.values():
-            hooks.callback(mean.layer.register_forward_pre_hook(hook_of(mean), with_kwargs=True).remove)
+    with evaluating(model), torch.no_grad():
         for number, (args, kwargs) in enumerate(iter_calls(model, batches), start=1):
-            found = kwargs.get("attention_mask")
-            mask = found if isinstance(found, Tensor) and found.ndim == 2 else None
-            with naming_batch(number, model):
+            with naming_batch(number, model), ExitStack() as hooks:
+                masks = finder.masks(args, kwargs)
+                for mean in means.values():
+                    hooks.callback(mean.layer.register_forward_pre_hook(hook_of(mean), with_kwargs=True).remove)
                 model(*args, **kwargs)
             seen = True
     if not seen:

@@ -27,6 +27,8 @@ QUANTIZED_PACKAGES = (
     "torch.ao.nn.quantized",
     "torch.ao.nn.intrinsic.quantized",
 )
+# Wrappers that hold on to the parameters that a model had when it was wrapped.
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -54,6 +56,24 @@ def refuse_unfit_model(model: object) -> None:
         if isinstance(module, (SplitModule, SplitActivation)):
             raise AlreadySplitError(f"{name or 'the model'} was split before; load the model afresh")
     refuse_quantized_model(model)
+    refuse_unfit_modules(model)
+
+
+def refuse_unfit_modules(model: nn.Module) -> None:
+    """Raise where a module keeps, or writes into, the weights of others that a pass replaces."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in _WRAPPERS and type(module).__module__.startswith("torch."):
+            raise InputError(
+                f"{name or 'the model'} is a {kind}, which goes on synchronising the parameters that the layers had: "
+                "give its .module, and wrap the model after the split"
+            )
+        config = getattr(module, "config", None)
+        if kind == "RwkvModel" and getattr(config, "rescale_every", 0) > 0:
+            raise InputError(
+                f"{name or 'the model'} divides the weights of its layers in place in evaluation mode, and a split "
+                "layer has no single one: set model.config.rescale_every = 0 first, which is meant for float16 alone"
+            )
 
 
 def refuse_quantized_model(model: nn.Module) -> None:

@@ -20,10 +20,13 @@ def fuse(model: nn.Module, mode: Fusion = "materialised") -> nn.Module:
     `materialised` keeps the sum in memory, in full precision beside the parts: fastest. `rebuilt` makes it
     anew at each call: no memory, less speed. The parts stay what they are, are saved as before, and the sum
     never is; `unfuse` takes it back. Outputs are the same within rounding. A part that is changed, in place or by
-    another tensor, is seen; where gradients of the parts are asked for, the sum is made at each call, so run inference
-    under `torch.no_grad()`. So it is in what torch.compile and torch.export make of the model, which cannot see that a
-    part was written into. A layer whose parts have hooks, modules within them, such as LoRA's adapters, or a forward of
-    their own runs part by part.
+    another tensor, is seen, but not a write that torch does not count, into the memory of `.data` or of an inference
+    tensor, or by numpy: call `model.eval()` after it, which has the sums made anew.
+
+    Where gradients of the parts are asked for, the sum is made at each call, so run inference under `torch.no_grad()`.
+    So it is in what torch.compile and torch.export make of the model, which cannot see that a part was written into. A
+    layer whose parts have hooks, modules within them, such as LoRA's adapters, or a forward of their own runs part by
+    part.
 
     Raises ConfigError for an unknown mode, InputError for a model that has no split layer, is in training
     mode, or quantizes the parts' activations, which a single product would skip.

@@ -21,7 +21,7 @@ from splitquant_plugins.passes.module_tree import replace_module
 from splitquant_plugins.passes.rebuild import apply_manifest
 from splitquant_plugins.pretrained.guards import expect_guards, guard_name
 from splitquant_plugins.pretrained.placeholders import Placeholder
-from splitquant_plugins.pretrained.state import guarded_layers, untie_packed
+from splitquant_plugins.pretrained.state import guarded_layers, unsaved_buffers, untie_packed
 
 if TYPE_CHECKING:
     from splitquant_plugins.checkpoints.saved_layers import SavedLayers
@@ -190,12 +190,9 @@ def _mark_initialized(model: nn.Module, layers: Iterable[str], stored: Container
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     inside = tuple(f"{name}." for name in layers)
-    around = {name.rpartition(".")[0] for name in layers}
-    while around:
-        known = {name for name in around if all(key in stored for key in _own_tensors(name, modules[name]))}
-        for name in known:
+    for name in _around(layers):
+        if all(key in stored for key in _own_tensors(name, modules[name])):
             modules[name].__dict__[_INITIALIZED] = True
-        around = {name.rpartition(".")[0] for name in around if name}
     for name, module in modules.items():
         if name in layers or name.startswith(inside):
             module.__dict__[_INITIALIZED] = True
@@ -209,13 +206,13 @@ def _fill_buffers(model: nn.Module, layers: Sequence[str]) -> None:
     """
     from transformers import PreTrainedModel, initialization
 
-    modules = dict(model.named_modules(remove_duplicate=False))
-    lacking = [name for name in sorted(_around(layers)) if _unsaved(modules[name])]
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    lacking = [name for name in sorted(_around(layers)) if unsaved_buffers(modules[name])]
     if not lacking:
         return
     loaded = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for name in lacking:
-        for key in _unsaved(modules[name]):
+        for key in unsaved_buffers(modules[name]):
             loaded.pop(id(modules[name]._buffers[key]), None)
     for tensor in loaded.values():
         setattr(tensor, _INITIALIZED, True)
@@ -225,11 +222,10 @@ def _fill_buffers(model: nn.Module, layers: Sequence[str]) -> None:
             replace_module(model, name, _stand_in())
         with torch.no_grad(), initialization.guard_torch_init_functions():
             for name in lacking:
-                owners = [
-                    name.rsplit(".", cut)[0] if cut <= name.count(".") else "" for cut in range(name.count(".") + 2)
-                ]
-                owner = next(modules[each] for each in owners if isinstance(modules[each], PreTrainedModel))
-                owner._init_weights(modules[name])
+                owner = name
+                while not isinstance(modules[owner], PreTrainedModel):
+                    owner = owner.rpartition(".")[0]
+                modules[owner]._init_weights(modules[name])
     finally:
         for name in outermost:
             replace_module(model, name, modules[name])
@@ -241,11 +237,6 @@ def _stand_in() -> nn.Module:
     for tensor in layer.parameters():
         setattr(tensor, _INITIALIZED, True)
     return layer
-
-
-def _unsaved(module: nn.Module) -> list[str]:
-    """Names of a module's own buffers that are in no file."""
-    return [key for key in sorted(module._non_persistent_buffers_set) if module._buffers.get(key) is not None]
 
 
 def _around(layers: Iterable[str]) -> set[str]:

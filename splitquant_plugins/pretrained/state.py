@@ -73,11 +73,14 @@ def _cast_buffers(model: nn.Module) -> dict[str, str]:
         f"{name}.{key}" if name else key: str(module._buffers[key].dtype).removeprefix("torch.")
         for name, module in model.named_modules()
         if not isinstance(module, SplitModule)  # what fusing materialised
-        for key in sorted(module._non_persistent_buffers_set)
-        if module._buffers.get(key) is not None
-        and module._buffers[key].is_floating_point()
-        and module._buffers[key].dtype != torch.float32
+        for key in unsaved_buffers(module)
+        if module._buffers[key].is_floating_point() and module._buffers[key].dtype != torch.float32
     }
+
+
+def unsaved_buffers(module: nn.Module) -> list[str]:
+    """Names of a module's own buffers that are not saved."""
+    return [key for key in sorted(module._non_persistent_buffers_set) if module._buffers.get(key) is not None]
 
 
 def guarded_layers(model: nn.Module, layers: Iterable[str]) -> list[str]:

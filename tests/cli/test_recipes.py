@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from splitquant_plugins.cli.main import run
+from splitquant_plugins.cli.options import pass_options
 from splitquant_plugins.recipes.files import read_recipe
 
 pytest.importorskip("optimum.quanto")
@@ -77,6 +78,15 @@ def test_options_that_would_be_lost_are_refused(
 ) -> None:
     more = [argument.format(recipe=recipe) for argument in arguments]
     assert problem in fails("quantize", classifier(), "--recipe", recipe, "--output", tmp_path / "out", *more)
+
+
+def test_patterns_may_be_numbers_as_the_layers_of_a_sequential_are_named() -> None:
+    assert pass_options(extra=("exclude=0", "include=1,2", "activations=true")) == {
+        "jobs": 1,
+        "exclude": ("0",),
+        "include": ("1", "2"),
+        "activations": True,
+    }
 
 
 def test_a_wrong_recipe_and_several_in_one_are_refused(

@@ -40,8 +40,7 @@ def test_batches_are_cut_and_joined_to_the_rows_that_are_wanted() -> None:
     order = torch.cat([example.kwargs["x"] for example in examples])
     assert sorted(order[:, 0, 0].tolist()) == sorted(values[:, 0, 0].tolist())
     for example in examples:
-        assert example.mask is not None
-        for row, mask in zip(example.kwargs["x"], example.mask, strict=True):
+        for row, mask in zip(example.kwargs["x"], example.kwargs["attention_mask"], strict=True):
             assert bool((mask == 1).all()) == bool(row[0, 0] < values[7, 0, 0])
 
 

@@ -7,7 +7,8 @@ import pytest
 from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.evaluation.thresholds import Threshold, failures, parse_thresholds
 
-PLAIN = {"backend": "quanto", "weights": "int2", "split": "none", "seed": 0, "accuracy": 0.25, "logit_sqnr_db": 3.0}
+PLAIN = {"backend": "quanto", "weights": "int2", "split": "none", "values": "rtn", "seed": 0, "accuracy": 0.25}
+PLAIN["logit_sqnr_db"] = 3.0
 SPLIT = {**PLAIN, "split": "auto", "accuracy": 0.8, "logit_sqnr_db": 12.0}
 
 
@@ -17,6 +18,14 @@ def test_split_rows_are_judged_and_plain_ones_only_alone() -> None:
     (line,) = failures(gate, [PLAIN])
     assert line == "quanto int2 split none, seed 0: accuracy 25.00 % is below 50 %"
     assert len(failures(gate, [PLAIN, SPLIT, {**SPLIT, "seed": 1, "accuracy": 0.4999}])) == 1
+
+
+def test_decoupleq_rows_are_judged_where_none_is_split() -> None:
+    gate = parse_thresholds(["accuracy=50"])
+    solved = {**PLAIN, "values": "decoupleq", "accuracy": 0.6}
+    assert failures(gate, [PLAIN, solved]) == []
+    assert len(failures(gate, [PLAIN, {**solved, "accuracy": 0.4}])) == 1
+    assert failures(gate, [PLAIN, {**solved, "accuracy": 0.4}, SPLIT]) == []
 
 
 def test_units_and_limits() -> None:

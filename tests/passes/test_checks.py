@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from splitquant_plugins import LayerPlan, Manifest, SplitConfig
+from splitquant_plugins import DecoupleQPass, LayerPlan, Manifest, SplitConfig, SplitQuantPass
 from splitquant_plugins.errors import AlreadyQuantizedError, AlreadySplitError, InputError, SplitFailedError
+from splitquant_plugins.grid import UniformGrid
 from splitquant_plugins.manifest import ATTRIBUTE, LayerRecord
 from splitquant_plugins.modules import SplitActivation, SplitLinear
 from splitquant_plugins.passes import checks
@@ -267,3 +270,32 @@ def test_weights_that_cannot_be_split_are_named(tensor, error, message):
         refuse_unfit_weights([good, layer(torch.ones(2, 2), tensor)])
     with pytest.raises(error, match=f"^head.bias {message}"):
         refuse_unfit_weights([layer(torch.ones(2, 2), None, "bare"), layer(torch.ones(2, 2), tensor)])
+
+
+def test_a_model_wrapped_for_several_processes_is_refused():
+    """Its wrapper would go on synchronising the parameters of the layers that are gone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 4)))
+        grid = UniformGrid(bits=2, granularity="channel", scheme="affine")
+        with pytest.raises(InputError, match=r"is a DistributedDataParallel.*give its \.module"):
+            SplitQuantPass()(wrapped)
+        with pytest.raises(InputError, match=r"inner is a DistributedDataParallel"):
+            DecoupleQPass(calibration=[torch.ones(2, 4)]).apply(nn.ModuleDict({"inner": wrapped}), grid=grid)
+        assert isinstance(SplitQuantPass()(wrapped.module)[0], SplitLinear)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_model_that_writes_into_the_weights_of_its_layers_is_refused():
+    class RwkvModel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = SimpleNamespace(rescale_every=6)
+            self.layer = nn.Linear(4, 4)
+
+    model = RwkvModel()
+    with pytest.raises(InputError, match=r"the model divides the weights.*rescale_every = 0"):
+        SplitQuantPass()(model)
+    model.config.rescale_every = 0
+    assert isinstance(SplitQuantPass()(model).layer, SplitLinear)

@@ -78,6 +78,21 @@ def test_a_part_that_changes_is_seen() -> None:
         torch.testing.assert_close(fused, unfuse(model)(inputs), rtol=1e-5, atol=1e-4)
 
 
+def test_memory_of_another_tensor_is_seen_and_an_uncounted_write_after_eval() -> None:
+    model = fuse(SplitQuantPass()(conv_net()))
+    part = model[4].lower
+    inputs = torch.randn(2, 3, 12, 12)
+    with torch.no_grad():
+        before = model(inputs)
+        part.weight.data = 3 * part.weight.data
+        changed = model(inputs)
+        assert not torch.allclose(changed, before)
+        part.weight.data.copy_(-part.weight)
+        again = model.eval()(inputs)
+        assert not torch.allclose(again, changed)
+        torch.testing.assert_close(again, unfuse(model)(inputs), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("materialised", [False, True], ids=["at once", "after a call"])
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_a_part_that_changes_is_seen_by_what_was_compiled(materialised: bool, fullgraph: bool) -> None:

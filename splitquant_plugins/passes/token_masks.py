@@ -1,0 +1,89 @@
+"""Which tokens of a call are padding, for each layer: an encoder-decoder has a mask for what each of the two reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TokenMasks:
+    """The masks [batch, tokens] of a call, not 0 at tokens; None where there is none.
+
+    `own` is that of the layers which read the decoder's tokens, or the only ones; `encoder` that of the modules
+    `reads_encoder`.
+    """
+
+    own: Tensor | None = None
+    encoder: Tensor | None = None
+    reads_encoder: frozenset[nn.Module] = frozenset()
+
+    def of(self, module: nn.Module) -> Tensor | None:
+        """The mask for a module's inputs and outputs."""
+        return self.encoder if module in self.reads_encoder else self.own
+
+
+class MaskFinder:
+    """Finds the masks of a model's calls. The model of the first call tells which modules read the encoder's tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._encoder = _encoder(model)
+        self._reads_encoder: frozenset[nn.Module] | None = None
+
+    def masks(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenMasks:
+        """The masks of a call; an encoder-decoder is run with the first one. Call it in evaluation mode."""
+        given = kwargs.get("masks")  # of a replay
+        if isinstance(given, TokenMasks):
+            return given
+        mask = _mask(kwargs.get("attention_mask"))
+        if self._encoder is None:
+            return TokenMasks(mask)
+        if self._reads_encoder is None:
+            self._reads_encoder = _reading(self._model, self._encoder, args, kwargs)
+        return TokenMasks(_mask(kwargs.get("decoder_attention_mask")), mask, self._reads_encoder)
+
+
+def _mask(value: Any) -> Tensor | None:
+    return value if isinstance(value, Tensor) and value.ndim == 2 else None
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    """The encoder of transformers' encoder-decoders."""
+    get_encoder = getattr(model, "get_encoder", None)
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False) or not callable(get_encoder):
+        return None
+    encoder = get_encoder()
+    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
+
+
+@torch.no_grad()
+def _reading(
+    model: nn.Module, encoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> frozenset[nn.Module]:
+    """The encoder's modules, and those outside it that are given what it returns: a decoder's cross-attention."""
+    inside = set(encoder.modules())
+    found = set(inside)
+    returned: set[int] = set()
+
+    def keep(_: nn.Module, _inputs: Any, output: Any) -> None:
+        values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
+        returned.update(value.data_ptr() for value in values if isinstance(value, Tensor))
+
+    def look(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = next((value for value in (*inputs, *named.values()) if isinstance(value, Tensor)), None)
+        if given is not None and given.data_ptr() in returned:
+            found.add(module)
+
+    with ExitStack() as hooks:
+        hooks.callback(encoder.register_forward_hook(keep).remove)
+        for module in model.modules():
+            if module not in inside and not any(module.children()):
+                hooks.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
+        model(*args, **kwargs)
+    return frozenset(found)
