@@ -46,7 +46,8 @@ class ValuesRecord(BaseModel):
     """What DecoupleQPass did to the values of a layer: `solved` them, or kept plain rounding for `reason`.
 
     `error_before` and `error_after` are the mean square error that the rounded weight causes in the layer's
-    outputs, summed over the outputs, for plain rounding and for the solution. `rounds` is the number of steps of
+    outputs, summed over the outputs, for plain rounding and for the solution, as the solver weighs it: against the
+    target of asymmetric calibration, and with `damping`, which counts in directions that the inputs never take. `rounds` is the number of steps of
     the solver, `samples` the number of inputs seen. `plain_rows` counts output channels that keep plain rounding.
     `joint` tells that the parts of a split layer were solved together, and no longer sum to the float weight.
     `trainings` came after that, in order, and leave `error_after` as it was.
