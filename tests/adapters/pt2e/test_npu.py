@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import runpy
 import sys
@@ -84,6 +85,41 @@ def test_a_split_program_is_as_whole_as_a_plain_one(net, split, target):
         assert wrong[1] < 1.5 * wrong[0]
     else:
         assert wrong[1] < 1.07 * wrong[0]  # 0.3 dB
+
+
+@pytest.mark.parametrize("parts", [False, True], ids=["plain", "split"])
+@pytest.mark.parametrize("target", ["ethos-u55", "ethos-u85"])
+def test_the_tosa_of_an_ethos_program_computes_what_the_quantized_model_does(
+    net, split, target, parts, tmp_path, monkeypatch
+):
+    """By Arm's reference model: the codes of the outputs are the same, but for roundings that fall between two."""
+    if reason := installed("ethos-u"):
+        pytest.skip(reason)
+    pytest.importorskip("ethosu.vela", reason="ethos-u-vela is not installed: tox run -e npu")
+    reference = pytest.importorskip("tosa_reference_model", reason="tosa-tools is not installed: tox run -e npu")
+    home = importlib.import_module("executorch.backends.arm.ethosu")
+    plain = home.EthosUCompileSpec
+    monkeypatch.setattr(
+        home,
+        "EthosUCompileSpec",
+        lambda *given, **named: plain(*given, **named).dump_intermediate_artifacts_to(str(tmp_path)),
+    )
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    program = export_program(
+        net, target, split(k=2, splitter="grid") if parts else None, [(image,) for image in images.split(1)]
+    )
+    (tosa,) = tmp_path.glob("*_TOSA*.tosa")
+    steps = [node for node in program.model.graph.nodes if "quantize_per_tensor" in str(node.target)]
+    scale, zero_point, least, most = next(n for n in steps if "dequantize" not in str(n.target)).args[1:5]
+    unit, zero = next(n for n in reversed(steps) if "dequantize" in str(n.target)).args[1:3]
+    for image in images.split(1):
+        codes = ((image / scale).round() + zero_point).clamp(least, most).to(torch.int8)
+        (found,), status = reference.run(tosa.read_bytes(), [codes.numpy()])
+        assert status == reference.GraphStatus.TOSA_VALID
+        with torch.no_grad():
+            expected = program.model(image) / unit + zero
+        assert expected.unique().numel() > 2
+        assert (torch.from_numpy(found).double() - expected).abs().max() < 1.01
 
 
 def test_a_pool_over_the_whole_picture_does_not_cut_an_ethos_program(net, split):
