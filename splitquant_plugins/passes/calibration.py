@@ -166,6 +166,20 @@ def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
     return patches.reshape(layer.groups, -1, moment_shape("", layer)[-1])
 
 
+def counted_rows(inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows [n, features] of inputs [..., features] but for those that a mask [batch, tokens] says are padding.
+
+    The mask is for inputs [batch, tokens, ..., features], and for the same without a batch dimension.
+    """
+    if mask is not None:
+        counted = mask.to(inputs.device) != 0
+        if inputs.ndim >= 3 and inputs.shape[:2] == mask.shape:
+            inputs = inputs[counted]
+        elif inputs.ndim == 2 and mask.shape[1] > 1 and len(inputs) == mask.numel():
+            inputs = inputs[counted.flatten()]
+    return inputs.reshape(-1, inputs.shape[-1])
+
+
 class RunningMean:
     """The streaming mean of x xᵀ, or of y xᵀ, over the inputs x of one layer: `matrix`, after `samples` rows."""
 
@@ -187,26 +201,20 @@ class RunningMean:
 
     def _rows(self, inputs: Tensor, mask: Tensor | None, width: int) -> Iterator[Tensor]:
         layer = self.layer
-        if not isinstance(layer, CONVOLUTIONS) and mask is not None:
-            counted = mask.to(inputs.device) != 0
-            if inputs.ndim >= 3 and inputs.shape[:2] == mask.shape:
-                inputs = inputs[counted]
-            elif inputs.ndim == 2 and mask.shape[1] > 1 and len(inputs) == mask.numel():
-                inputs = inputs[counted.flatten()]
         axis, taps = -1, 1
         if isinstance(layer, CONVOLUTIONS):
             width, axis, taps = layer.in_channels, 1 - layer.weight.ndim, layer.weight[0, 0].numel()
         if inputs.ndim < -axis or inputs.shape[axis] != width:
             raise InputError(f"{self.name or 'the model'} takes {width} features, and gets {tuple(inputs.shape)}")
+        if not isinstance(layer, CONVOLUTIONS):
+            inputs = counted_rows(inputs, mask)
         if not torch.isfinite(inputs).all():
             raise InputError(
                 f"{self.name}: its calibration inputs contain NaN or infinity; check the batches, or run the "
                 "model in a wider dtype"
             )
         # A chunk is a run of examples: an unfolded image takes kernel-size times its own memory.
-        if not isinstance(layer, CONVOLUTIONS):
-            inputs = inputs.reshape(-1, inputs.shape[-1])
-        elif inputs.ndim == layer.weight.ndim - 1:
+        if isinstance(layer, CONVOLUTIONS) and inputs.ndim == layer.weight.ndim - 1:
             inputs = inputs.unsqueeze(0)
         per_example = max(inputs[:1].numel(), 1) * taps
         for chunk in torch.split(inputs, max(_CHUNK_ELEMENTS // per_example, 1)):

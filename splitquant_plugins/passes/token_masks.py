@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -41,12 +42,25 @@ class MaskFinder:
         given = kwargs.get("masks")  # of a replay
         if isinstance(given, TokenMasks):
             return given
-        mask = _mask(kwargs.get("attention_mask"))
+        named = self._named(args, kwargs)
+        mask = _mask(named.get("attention_mask"))
         if self._encoder is None:
             return TokenMasks(mask)
         if self._reads_encoder is None:
             self._reads_encoder = _reading(self._model, self._encoder, args, kwargs)
-        return TokenMasks(_mask(kwargs.get("decoder_attention_mask")), mask, self._reads_encoder)
+        own = _mask(named.get("decoder_attention_mask"))
+        if all(named.get(name) is None for name in ("decoder_input_ids", "decoder_inputs_embeds")) and own is None:
+            own = mask  # the decoder reads what the encoder does
+        return TokenMasks(own, mask, self._reads_encoder)
+
+    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The arguments of a call by their names, also those that are given by position."""
+        if not args:
+            return kwargs
+        try:
+            return inspect.signature(self._model.forward).bind_partial(*args, **kwargs).arguments
+        except (TypeError, ValueError):  # the call itself will say what does not fit
+            return kwargs
 
 
 def _mask(value: Any) -> Tensor | None:
@@ -66,24 +80,29 @@ def _encoder(model: nn.Module) -> nn.Module | None:
 def _reading(
     model: nn.Module, encoder: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> frozenset[nn.Module]:
-    """The encoder's modules, and those outside it that are given what it returns: a decoder's cross-attention."""
+    """The encoder's modules, and those outside it that are given what it returns: a decoder's cross-attention.
+
+    Or what a module made of that, as a projection to the decoder's width.
+    """
     inside = set(encoder.modules())
     found = set(inside)
-    returned: set[int] = set()
+    returned: dict[int, Tensor] = {}  # kept alive: their memory is not to be another tensor's
 
-    def keep(_: nn.Module, _inputs: Any, output: Any) -> None:
+    def keep(output: Any) -> None:
         values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
-        returned.update(value.data_ptr() for value in values if isinstance(value, Tensor))
+        returned.update({value.data_ptr(): value for value in values if isinstance(value, Tensor)})
 
-    def look(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def look(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         given = next((value for value in (*inputs, *named.values()) if isinstance(value, Tensor)), None)
         if given is not None and given.data_ptr() in returned:
             found.add(module)
+            keep(output)
 
+    keep(kwargs.get("encoder_outputs"))
     with ExitStack() as hooks:
-        hooks.callback(encoder.register_forward_hook(keep).remove)
+        hooks.callback(encoder.register_forward_hook(lambda *call: keep(call[-1])).remove)
         for module in model.modules():
             if module not in inside and not any(module.children()):
-                hooks.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(look, with_kwargs=True).remove)
         model(*args, **kwargs)
     return frozenset(found)

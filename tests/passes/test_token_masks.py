@@ -47,14 +47,21 @@ class EncoderDecoder(nn.Module):
         self.encoder = Encoder()
         self.blocks = nn.ModuleList([DecoderBlock(), DecoderBlock()])
         self.head = nn.Linear(8, 4)
+        self.projection: nn.Module | None = None
 
     def get_encoder(self) -> nn.Module:
         return self.encoder
 
     def forward(
-        self, x: Tensor, y: Tensor, attention_mask: Tensor | None = None, decoder_attention_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        decoder_inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
     ) -> Tensor:
         (encoded,) = self.encoder(x)
+        encoded = encoded if self.projection is None else self.projection(encoded)
+        y = x if decoder_inputs_embeds is None else decoder_inputs_embeds
         for block in self.blocks:
             y = block(y, encoded)
         return self.head(y)
@@ -64,7 +71,12 @@ def batch(decoder_length: int, rows: int = 4) -> dict[str, Tensor]:
     masks = torch.zeros(rows, 8, dtype=torch.long), torch.zeros(rows, decoder_length, dtype=torch.long)
     masks[0][:, :ENCODER_TOKENS], masks[1][:, :DECODER_TOKENS] = 1, 1
     values = torch.randn(rows, 8, 8), torch.randn(rows, decoder_length, 8)
-    return {"x": values[0], "y": values[1], "attention_mask": masks[0], "decoder_attention_mask": masks[1]}
+    return {
+        "x": values[0],
+        "decoder_inputs_embeds": values[1],
+        "attention_mask": masks[0],
+        "decoder_attention_mask": masks[1],
+    }
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -109,19 +121,49 @@ def test_replayed_blocks_know_the_masks(model: EncoderDecoder) -> None:
 def test_padding_changes_nothing_that_decoupleq_solves(model: EncoderDecoder, options: dict[str, Any]) -> None:
     """Whatever stands in the decoder's padding, from which no other token reads, the solution is the same."""
     given = batch(8, rows=8)
-    other = {**given, "y": given["y"].clone()}
-    other["y"][:, DECODER_TOKENS:] = 5 * torch.randn(8, 8 - DECODER_TOKENS, 8)
+    embeds = given["decoder_inputs_embeds"].clone()
+    other = {**given, "decoder_inputs_embeds": embeds}
+    embeds[:, DECODER_TOKENS:] = 5 * torch.randn(8, 8 - DECODER_TOKENS, 8)
     grid = UniformGrid(bits=2, granularity="channel", scheme="affine")
     solved = []
     for one in (given, other):
         torch.manual_seed(0)
         twin = EncoderDecoder().eval()
-        DecoupleQPass(calibration=[one], **({"block_steps": 5, "model_steps": 5} if options else {}), **options).apply(
-            twin, grid=grid
-        )
+        DecoupleQPass(
+            calibration=[one],
+            rounds=1,
+            starts=(1.0,),
+            search_inputs=0,
+            **({"block_steps": 3, "model_steps": 3} if options else {}),
+            **options,
+        ).apply(twin, grid=grid)
         solved.append(twin.state_dict())
     for name, value in solved[0].items():
         torch.testing.assert_close(value, solved[1][name], msg=name)
+
+
+def test_a_decoder_that_reads_what_the_encoder_does_has_its_mask(model: EncoderDecoder) -> None:
+    given = batch(8)
+    for each in (
+        {"x": given["x"], "attention_mask": given["attention_mask"]},
+        (given["x"], None, given["attention_mask"]),
+    ):
+        moments = collect_second_moments(model, [each], linear_layers(model))
+        assert {moment.samples for moment in moments.values()} == {4 * ENCODER_TOKENS}
+
+
+def test_masks_may_be_given_by_position_and_the_encoder_may_be_projected(model: EncoderDecoder) -> None:
+    model.projection = nn.Linear(8, 8)
+    layers = linear_layers(model)
+    for given in (batch(8), tuple(batch(8).values())):
+        samples = {name: one.samples // 4 for name, one in collect_second_moments(model, [given], layers).items()}
+        reads_encoder = {
+            "encoder.inner",
+            "projection",
+            *(f"blocks.{n}.{name}" for n in (0, 1) for name in ("key", "value")),
+        }
+        assert {name for name, tokens in samples.items() if tokens == ENCODER_TOKENS} == reads_encoder
+        assert {tokens for name, tokens in samples.items() if name not in reads_encoder} == {DECODER_TOKENS}
 
 
 def test_masks_are_two_dimensional() -> None:
