@@ -7,9 +7,9 @@ Two models: the Llama that causal_lm.py trains on docstrings (`--model` keeps it
 `--story` a folder of transformers with `--texts`, which holds calibration.txt and test.txt, a document per line. All
 Linears but the head are quantized on INC's affine grid; every method sees the same 128 calibration sequences. AutoRound
 takes layers only whose sides are multiples of 32: where there are others, the methods it is compared with are measured
-on its layers once more (`aligned`). A seed draws the calibration lines and is that of the methods; of the docstrings'
-model it is the training's, too. KL is to the float model, per token of the test text, in nats. Bits are what INC's
-format stores for a weight, scales and zero points included. Needs the extra inc; AutoRound's rows need auto-round.
+on its layers once more (`aligned`). A seed draws the calibration lines and is that of the methods. KL is to the float
+model, per token of the test text, in nats. Bits are what INC's format stores for a weight, scales and zero points
+included. Needs the extra inc; AutoRound's rows need auto-round.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from _harness import report
-from causal_lm import FULL, SMOKE, docstrings, sequences, token_ids, trained_model
+from causal_lm import FULL, LENGTH, SMOKE, docstrings, sequences, token_ids, trained_model
 from torch import Tensor, nn
 
 from splitquant_plugins import DecoupleQPass, SplitQuantPass, self_calibration
@@ -220,8 +220,8 @@ def docstring_model(seed: int, folder: Path | None, smoke: bool) -> Subject:
     """The Llama of causal_lm.py."""
     sizes = SMOKE if smoke else FULL
     training, held_out = token_ids(docstrings(200 if smoke else None))
-    model = trained_model(folder, training, sizes, 2 if smoke else 2000, seed)
-    calibration = sequences(training, sizes["calibration"])
+    model = trained_model(folder, training, sizes, 2 if smoke else 2000, 0)
+    calibration = sequences(training[seed * LENGTH // 2 :], sizes["calibration"])
     test = sequences(held_out, sizes["evaluation"])
     return Subject("docstrings", "all", model, None, calibration, test, ("lm_head",), seed, smoke)
 
@@ -336,7 +336,6 @@ def main() -> None:
     if bool(arguments.story) != bool(arguments.texts):
         parser.error("--story and --texts go together")
     with tempfile.TemporaryDirectory() as folder:
-        # Every seed has a model of its own; the methods share it.
         arguments.model = arguments.model or Path(folder)
         rows = run(arguments)
     if arguments.json:

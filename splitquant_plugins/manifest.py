@@ -47,7 +47,8 @@ class ValuesRecord(BaseModel):
 
     `error_before` and `error_after` are the mean square error that the rounded weight causes in the layer's
     outputs, summed over the outputs, for plain rounding and for the solution, as the solver weighs it: against the
-    target of asymmetric calibration, and with `damping`, which counts in directions that the inputs never take.
+    target of asymmetric calibration, with `damping`, which counts in directions that the inputs never take, and where
+    its rows are coupled with the outputs weighed together.
     `rounds` is the number of steps of the solver, `samples` the number of inputs seen. `plain_rows` counts output
     channels that keep plain rounding. `joint` tells that the parts of a split layer were solved together, and no longer
     sum to the float weight. `trainings` came after that, in order, and leave `error_after` as it was.

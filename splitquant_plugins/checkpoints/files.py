@@ -28,8 +28,9 @@ def refuse_output_file(path: Path, inputs: Iterable[str | Path] = ()) -> None:
         raise InputError(f"{path} is a folder; name a file in it")
     for name in inputs:
         source = Path(name)
-        inside = [source / entry for entry in os.listdir(source)] if source.is_dir() else [source]
-        if path.exists() and any(each.exists() and path.samefile(each) for each in inside):
+        inside = source.is_dir() and path.resolve().is_relative_to(source.resolve())
+        linked = [source / entry for entry in os.listdir(source)] if source.is_dir() else [source]
+        if path.exists() and (inside or any(each.exists() and path.samefile(each) for each in linked)):
             raise InputError(f"{path} is an input of this command, and would be overwritten; choose another name")
     _refuse_unwritable(path.parent, path)
 

@@ -52,13 +52,14 @@ class SolveOptions:
                 raise ConfigError(f"{name}={getattr(self, name)}: give 0 or a positive number")
 
 
-def best_state(parts: Parts, options: SolveOptions) -> tuple[State, list[float]]:
+def best_state(parts: Parts, options: SolveOptions, near: Affine | None = None) -> tuple[State, list[float]]:
     """The best codes, scales and zeros found, in float64, and the error after every step, which never rises.
 
-    The first error is that of rounding to nearest in the min-max range. With a free zero only the sum of the parts'
+    `near`: scales and zeros to begin with, instead of those of the best range found by a search. The first error is
+    that of rounding to nearest in the min-max range, or with these. With a free zero only the sum of the parts'
     zeros is determined; the first part carries the offset.
     """
-    best, trace = _alternated(parts, options)
+    best, trace = _alternated(parts, options, near)
     short = parts.weight.shape[1] <= options.search_inputs
     if short and parts.k == 1 and parts.grid.granularity == "channel":
         codes = searched_codes(parts.problem, best.codes[0], parts.grid, options.seed)[None]
@@ -67,11 +68,11 @@ def best_state(parts: Parts, options: SolveOptions) -> tuple[State, list[float]]
     return best, trace
 
 
-def _alternated(parts: Parts, options: SolveOptions) -> tuple[State, list[float]]:
+def _alternated(parts: Parts, options: SolveOptions, near: Affine | None) -> tuple[State, list[float]]:
     shared = parts.grid.per_tensor
-    best = parts.nearest(parts.first(1.0))
+    best = parts.nearest(near or parts.first(1.0))
     trace = [best.total]
-    for shrink in _SHRINKS:
+    for shrink in _SHRINKS if near is None else ():
         best = best.or_better(parts.nearest(parts.first(shrink)), shared)
     trace.append(best.total)
     found = best.affine

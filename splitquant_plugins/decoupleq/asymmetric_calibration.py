@@ -14,24 +14,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.decoupleq.capture import Call, detached, output_tensor
+from splitquant_plugins.decoupleq.capture import Call, output_tensor, replay, rounding_tolerance
+from splitquant_plugins.decoupleq.gated_layers import gated_layers, gated_moments
 from splitquant_plugins.decoupleq.objective import prepared_moment
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.passes.calibration import (
     CONVOLUTIONS,
     RunningMean,
     SecondMoment,
-    evaluating,
     moment_shape,
     naming_batch,
-    only_input,
     out_features,
     plan_passes,
 )
@@ -40,8 +39,8 @@ if TYPE_CHECKING:
     from splitquant_plugins.decoupleq.capture import BlockInputs
 
 
-# How far what is added to a layer's outputs may come out of the block changed, as a part of the largest output.
-_UNCHANGED = 1e-4
+# Moments for each row of a layer may take this part of the memory for calibration: solving them takes long.
+_PART_FOR_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,8 @@ class PairedMoments:
     """What is known of a layer's inputs behind solved layers, x̂, beside the float model's, x.
 
     `moment`: H. `cross`: C [groups, d, d], the mean of x x̂ᵀ; None where the two call the layer with other shapes, as
-    with routed experts. `missing`: E [1, out, d], the mean of e x̂ᵀ, where the layer's outputs are added to the block's.
+    with routed experts. `missing`: E [groups, out / groups, d], where the layer's outputs are added to the block's the
+    mean of e x̂ᵀ, and of gated layers that of their rows.
     """
 
     moment: SecondMoment
@@ -60,7 +60,8 @@ class PairedMoments:
 class FloatInputs:
     """What the float model gives a block's layers, call by call: kept as far as memory allows, else found again.
 
-    `added`: names of the layers whose outputs are added to the block's.
+    `added`: names of the layers whose outputs are added to the block's. `gated`: names of those whose outputs are
+    multiplied on their way to another layer, with the name of that.
     """
 
     def __init__(
@@ -76,18 +77,19 @@ class FloatInputs:
         At most a quarter of `max_bytes` is kept; `held` says how much is.
         """
         self.held = 0
-        self._block, self._calls, self._float_values, self._layers = block, calls, float_values, layers
+        self._block, self.calls, self._float_values, self.layers = block, calls, float_values, layers
         self._limit = max_bytes // 4
         self._kept: dict[int, tuple[dict[str, list[Tensor]], Tensor | None]] = {}
         with float_values():
             self.added = _added_layers(block, calls[0], layers)
+            self.gated = gated_layers(block, calls[0], layers)
 
     def of(self, index: int) -> tuple[dict[str, list[Tensor]], Tensor | None]:
         """The inputs of all layers in one of the block's calls, and its output where layers are added to that."""
         if index in self._kept:
             return self._kept[index]
         with self._float_values():
-            inputs, returned = _replayed(self._block, self._calls[index], self._layers)
+            inputs, returned = replay(self._block, self.calls[index], self.layers)
         output = output_tensor(returned) if self.added else None
         found = inputs, output
         size = sum(
@@ -102,11 +104,32 @@ class FloatInputs:
 def iter_paired_moments(
     now: BlockInputs, before: FloatInputs, layers: Mapping[str, nn.Module], max_bytes: int
 ) -> Iterator[tuple[str, PairedMoments]]:
-    """Yield each layer's name and moments.
+    """Yield the name and moments of each layer.
 
     `now` are the inputs of a block in the model as it is, `before` what its layers get in the float model. Whether rows
-    of one shape belong together is not known.
+    of one shape belong together is not known. Gated layers come last, behind those that they are multiplied with, and
+    only where the moments of their rows fit into a small part of `max_bytes`.
     """
+    gated = [name for name in layers if name in before.gated and _fits(layers[name], max_bytes // _PART_FOR_ROWS)]
+    others = {name: layer for name, layer in layers.items() if name not in gated}
+    yield from _paired_moments(now, before, others, max_bytes)
+    for name in gated:
+        found = gated_moments(now, before, name)
+        if found is None:
+            yield from _paired_moments(now, before, {name: layers[name]}, max_bytes)
+        else:
+            moment, missing, samples = found
+            yield name, PairedMoments(SecondMoment(moment, samples), moment, missing)
+
+
+def _fits(layer: nn.Module, max_bytes: int) -> bool:
+    """Whether a second moment for each output does."""
+    return bool(out_features(layer) * moment_shape("", layer)[-1] ** 2 * torch.float64.itemsize <= max_bytes)
+
+
+def _paired_moments(
+    now: BlockInputs, before: FloatInputs, layers: Mapping[str, nn.Module], max_bytes: int
+) -> Iterator[tuple[str, PairedMoments]]:
     sizes = {name: moment_shape(name, layer) for name, layer in layers.items()}
     itemsize = torch.float64.itemsize
     for names in plan_passes(sizes, 2 * itemsize, max_bytes - before.held):
@@ -122,7 +145,7 @@ def iter_paired_moments(
             with naming_batch(index + 1, now.block):
                 wanted, float_output = before.of(index)
                 times = None if lacks else {name: len(wanted[name]) for name in names}
-                found, output = _replayed(now.block, now.calls[index], {name: layers[name] for name in names}, times)
+                found, output = replay(now.block, now.calls[index], {name: layers[name] for name in names}, times)
                 for name in names:
                     for inputs in found[name]:
                         own[name].add(inputs, masks.of(layers[name]))
@@ -155,53 +178,13 @@ def asymmetric_target(weight: Tensor, pair: PairedMoments, part: float, damping:
     return moved.reshape(weight.shape).to(weight.dtype)
 
 
-class _AllSeen(Exception):  # noqa: N818 - control flow, not a failure
-    pass
-
-
-@torch.no_grad()
-def _replayed(
-    block: nn.Module, replayed: Call, layers: Mapping[str, nn.Module], times: Mapping[str, int] | None = None
-) -> tuple[dict[str, list[Tensor]], Any]:
-    """What the layers get while a call of the block is replayed, call by call, and the block's output.
-
-    There is one copy where layers share a tensor. `times`: how often each layer is called; once all are, what comes
-    behind them is not computed, and the output is None.
-    """
-    found: dict[str, list[Tensor]] = {name: [] for name in layers}
-    last: tuple[Tensor, int, Tensor] | None = None
-    missing = sum(times.values()) if times and all(times.values()) else -1
-
-    def hook_of(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal last, missing
-            given = only_input(name, args, kwargs)
-            if last is None or given is not last[0] or given._version != last[1]:
-                last = given, given._version, given.clone()
-            found[name].append(last[2])
-            missing -= times is not None and len(found[name]) <= times[name]
-            if missing == 0:
-                raise _AllSeen
-
-        return hook
-
-    with evaluating(block), ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.callback(layer.register_forward_pre_hook(hook_of(name), with_kwargs=True).remove)
-        args, kwargs = detached(replayed)
-        try:
-            return found, block(*args, **kwargs)
-        except _AllSeen:
-            return found, None
-
-
 @torch.no_grad()
 def _added_layers(block: nn.Module, call: Call, layers: Mapping[str, nn.Module]) -> frozenset[str]:
     """Names of the layers whose outputs are added to the block's: what is added to theirs comes out unchanged.
 
     Tried with a call of the block, for layers that it calls once and that are no convolutions.
     """
-    inputs, output = _replayed(block, call, layers)
+    inputs, output = replay(block, call, layers)
     found: set[str] = set()
     try:
         whole = output_tensor(output)
@@ -215,9 +198,9 @@ def _added_layers(block: nn.Module, call: Call, layers: Mapping[str, nn.Module])
         change = whole.abs().max() * torch.randn(whole.shape, generator=generator).to(whole)
         handle = layer.register_forward_hook(lambda _module, _inputs, result, change=change: result + change)
         try:
-            changed = output_tensor(_replayed(block, call, {})[1])
+            changed = output_tensor(replay(block, call, {})[1])
         finally:
             handle.remove()
-        if (changed - whole - change).abs().max() <= _UNCHANGED * changed.abs().max():
+        if (changed - whole - change).abs().max() <= rounding_tolerance(whole.dtype) * changed.abs().max():
             found.add(name)
     return frozenset(found)

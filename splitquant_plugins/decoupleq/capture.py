@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from splitquant_plugins.errors import InputError
-from splitquant_plugins.passes.calibration import Batches, evaluating, iter_calls, naming_batch
+from splitquant_plugins.passes.calibration import Batches, evaluating, iter_calls, naming_batch, only_input
 from splitquant_plugins.passes.token_masks import MaskFinder, TokenMasks
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -75,21 +75,67 @@ def capture_inputs(model: nn.Module, block: nn.Module, batches: Batches) -> list
     return calls
 
 
+class _AllSeen(Exception):  # noqa: N818 - control flow, not a failure
+    pass
+
+
+@torch.no_grad()
+def replay(
+    block: nn.Module, replayed: Call, layers: Mapping[str, nn.Module], times: Mapping[str, int] | None = None
+) -> tuple[dict[str, list[Tensor]], Any]:
+    """What the layers get while a call of the block is replayed, call by call, and the block's output.
+
+    There is one copy where layers share a tensor. `times`: how often each layer is called; once all are, what comes
+    behind them is not computed, and the output is None.
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    last: tuple[Tensor, int, Tensor] | None = None
+    missing = sum(times.values()) if times and all(times.values()) else -1
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal last, missing
+            given = only_input(name, args, kwargs)
+            if last is None or given is not last[0] or given._version != last[1]:
+                last = given, given._version, given.clone()
+            found[name].append(last[2])
+            missing -= times is not None and len(found[name]) <= times[name]
+            if missing == 0:
+                raise _AllSeen
+
+        return hook
+
+    with evaluating(block), ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_pre_hook(hook_of(name), with_kwargs=True).remove)
+        args, kwargs = detached(replayed)
+        try:
+            return found, block(*args, **kwargs)
+        except _AllSeen:
+            return found, None
+
+
 def block_outputs(block: nn.Module, inputs: Sequence[Call]) -> list[Tensor]:
     """The block's output for each call, detached; from the float block these are `tune_block`'s targets."""
     with evaluating(block), torch.no_grad():
         return [output_tensor(block(*args, **kwargs)).clone() for args, kwargs in map(detached, inputs)]
 
 
+def rounding_tolerance(dtype: torch.dtype) -> float:
+    """How far from its exact value a block's arithmetic may leave a value, as a part of the largest."""
+    return max(1e-4, 4 * torch.finfo(dtype).eps)
+
+
 def output_tensor(output: Any) -> Tensor:
     """The tensor that a block's output is compared by: itself, the first of a tuple, or of an HF output."""
+    kind = type(output).__name__
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
         output = tuple(output.values())
     if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         return output[0]
-    raise InputError(f"a block returned {type(output).__name__}: expected a tensor, or a tuple starting with one")
+    raise InputError(f"a block returned {kind}: expected a tensor, or a tuple starting with one")
 
 
 def predictions(output: Any) -> tuple[Tensor, bool]:

@@ -35,6 +35,10 @@ class DecoupleQConfig(BaseModel):
     asymmetric_calibration: float = Field(
         0.5, ge=0, le=1, description="with sequential: part of what the layers before lost that a layer makes up for"
     )
+    coupled_rows: bool = Field(
+        True,
+        description="with asymmetric_calibration: a layer's outputs make up for each other, as its block sees them",
+    )
     tune_blocks: bool = Field(False, description="then train each block towards the float model's outputs")
     tune_model: bool = Field(False, description="at last train the whole model towards the float model's predictions")
     tune_codes: bool = Field(True, description="in training: codes and zero points too, not only scales and norms")
@@ -42,8 +46,8 @@ class DecoupleQConfig(BaseModel):
     tune_biases: bool = Field(False, description="in training: the layers' biases too")
     epochs: int = Field(12, ge=0, description="with tune_blocks: most passes over the batches")
     block_window: int = Field(2, ge=1, description="with tune_blocks: so many blocks that follow are trained together")
-    block_steps: int = Field(1000, ge=0, description="with tune_blocks: most training steps per block")
-    model_steps: int = Field(2400, ge=0, description="with tune_model: most training steps")
+    block_steps: int = Field(500, ge=0, description="with tune_blocks: most training steps per block")
+    model_steps: int = Field(1600, ge=0, description="with tune_model: most training steps")
     batch_size: int = Field(4, ge=1, description="in training: rows (sequences, images) per step")
     held_out: float = Field(0.125, gt=0, lt=1, description="part of the rows that training is judged by, at most 64")
     learning_rate: float = Field(1e-3, gt=0, description="of norms and biases; of scales twice that; of splits a fifth")

@@ -115,7 +115,8 @@ class DecoupleQPass(ModelPass):
             progress=self.progress,
         )
         try:
-            with restored_on_error(model), evaluating(model):
+            # In inference mode torch counts no writes and has no gradients.
+            with restored_on_error(model), evaluating(model), torch.inference_mode(False):
                 run.solve()
         except BaseException:
             run.put_back()

@@ -29,6 +29,12 @@ class Rows:
         """The second moment's factor, for error feedback."""
         return Factor.of(self.moment)
 
+    def of(self, weight: Tensor) -> Rows:
+        """Other rows that see the same inputs."""
+        rows = Rows(weight, self.moment)
+        rows.__dict__["factor"] = self.factor
+        return rows
+
     @cached_property
     def weighted(self) -> Tensor:
         """The weight times the second moment."""

@@ -28,10 +28,11 @@ from splitquant_plugins.decoupleq.layer_order import Stage, stages_of
 from splitquant_plugins.decoupleq.layers import LayerToSolve
 from splitquant_plugins.decoupleq.learned_rounding import learned_parts, relearned
 from splitquant_plugins.decoupleq.model_tuning import model_objective
+from splitquant_plugins.decoupleq.output_moments import output_moments
 from splitquant_plugins.decoupleq.resume import Finished, fingerprint
 from splitquant_plugins.decoupleq.solve_weight import SolvedWeight, restored_weight, solve_weight, with_codes
 from splitquant_plugins.decoupleq.training import Learned, Objective, train
-from splitquant_plugins.errors import InputError
+from splitquant_plugins.errors import InputError, first_line
 from splitquant_plugins.manifest import TrainingRecord, ValuesRecord
 from splitquant_plugins.passes.calibration import Batches, iter_calls, iter_second_moments
 from splitquant_plugins.passes.token_masks import TokenMasks
@@ -137,6 +138,7 @@ class Run:
         if before is not None:
             modules = {name: self.layers[name].modules[0] for name in stage.layers}
             wanted = FloatInputs(block, before, self._float_values, modules, self.calibration_bytes)
+        together = self._output_moments(stage, inputs, wanted) if wanted is not None else {}
         solutions: dict[str, SolvedWeight] = {}
         floats: dict[str, list[Tensor]] = {}
         options = self.config.solve_options()
@@ -148,7 +150,10 @@ class Run:
                     continue
                 part, damping = self.config.asymmetric_calibration, self.config.damping
                 weight = asymmetric_target(layer.weight(), pair, part, damping)
-                solution = solve_weight(weight, layer.parts(), moment.matrix, layer.grid, options, name=name)
+                outside = together.get(name)
+                solution = solve_weight(
+                    weight, layer.parts(), moment.matrix, layer.grid, options, output_moment=outside, name=name
+                )
                 layer.put(solution.rounded, self.twins[name])
                 floats[name] = solution.floats
                 self.records[name] = ValuesRecord(
@@ -173,6 +178,18 @@ class Run:
             solutions = {name: solution for one in self.window for name, solution in one.solutions.items()}
         self.solutions.update(solutions)
         return {**floats, **{name: solution.floats for name, solution in solutions.items()}}, trained
+
+    def _output_moments(self, stage: Stage, inputs: BlockInputs, before: FloatInputs) -> dict[str, Tensor]:
+        """G of those layers whose outputs make up for each other: not of those that are added to the block's anyway."""
+        if not self.config.coupled_rows or stage.block is None:
+            return {}
+        layers = {name: layer for name, layer in before.layers.items() if name not in before.added}
+        try:
+            with self._float_values():
+                return output_moments(stage.block, before.calls, inputs.masks, layers, self.calibration_bytes // 4)
+        except (InputError, RuntimeError) as error:  # what has no gradients is solved row by row
+            self.notes.append(f"{stage.name or 'the model'}: no coupled rows: {first_line(error)}")
+            return {}
 
     def _moments(
         self, group: Sequence[str], inputs: BlockInputs, before: FloatInputs | None

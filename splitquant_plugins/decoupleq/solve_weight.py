@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from splitquant_plugins.decoupleq.alternation import SolveOptions, best_state
+from splitquant_plugins.decoupleq.coupled_rows import can_be_coupled, coupled_error, with_coupled_rows
 from splitquant_plugins.decoupleq.objective import problem_errors, problem_of
 from splitquant_plugins.decoupleq.parts import Parts, State, most_parts
 from splitquant_plugins.decoupleq.range_ends import with_range_ends
@@ -25,7 +26,8 @@ class SolvedWeight:
     """The k parts of a weight, on a backend's grid; lists hold a tensor per part, of the weight's shape and dtype.
 
     `floats`: what to hand to the backend. `rounded`: what it makes of them, to the bit. `error_before`: of plain
-    rounding by the backend, sum over the rows of e H eᵀ with the damped H; `error_after`: of the solution.
+    rounding by the backend, sum over the rows of e H eᵀ with the damped H, or their coupled error; `error_after`: of
+    the solution.
     `rounds`: steps tried. `plain` [out]: rows that keep plain rounding, because the backend would not find the
     solution again, or it is no better. `solver`, `state`: what the later stages go on with.
     """
@@ -71,13 +73,15 @@ def solve_weight(
     grid: Grid,
     options: SolveOptions | None = None,
     *,
+    output_moment: Tensor | None = None,
     name: str = "weight",
 ) -> SolvedWeight:
     """Solve a weight [out, ...] for `grid`, as one tensor (`parts` holds the weight alone) or as the sum of k.
 
     `parts` are the float parts that the backend would round plainly. `second_moment`: H, [d, d] with d the product of
     the weight's other dimensions, or [groups, d, d] where consecutive runs of out / groups rows see inputs of their own
-    (grouped convolutions); it may be singular or zero. Computes in float64; deterministic. Raises InputError (naming
+    (grouped convolutions); it may be singular or zero. `output_moment`: G [out, out], where errors of the outputs count
+    together, see `with_coupled_rows`. Computes in float64; deterministic. Raises InputError (naming
     `name`) for NaN, infinity or shapes that do not fit, ConfigError where the codes of k parts form too many sums.
     """
     options = options or SolveOptions()
@@ -94,7 +98,11 @@ def solve_weight(
     with torch.no_grad():
         solver = Parts(problem, codes, len(parts), options)
         found, trace = best_state(solver, options)
-        return _realised(solver, with_range_ends(solver, found), grid, parts, len(trace))
+        state = with_range_ends(solver, found)
+        if output_moment is None or not can_be_coupled(solver):
+            return _realised(solver, state, grid, parts, len(trace), None)
+        state = with_coupled_rows(solver, state, output_moment)
+        return _realised(solver, state, grid, parts, len(trace), output_moment)
 
 
 @torch.no_grad()
@@ -161,14 +169,23 @@ def _stable(floats: Sequence[Tensor], rounded: Sequence[Tensor], grid: Grid) -> 
     return [new if stays else old for new, old, stays in zip(rounded, floats, same, strict=True)]
 
 
-def _realised(solver: Parts, state: State, grid: Grid, parts: Sequence[Tensor], rounds: int) -> SolvedWeight:
-    """Check the state with the backend's own rounding, row by row, and keep plain rounding where that is better."""
+def _realised(
+    solver: Parts, state: State, grid: Grid, parts: Sequence[Tensor], rounds: int, output_moment: Tensor | None
+) -> SolvedWeight:
+    """Check the state with the backend's own rounding, and keep plain rounding where that is better.
+
+    Row by row; coupled rows, of which one makes up for another's error, all or none.
+    """
     problem = solver.problem
     plain = [grid.quantize_dequantize(part.detach()) for part in parts]
     before = problem_errors(problem, _total(plain))
     floats, rounded, found_again = _handed_over(solver, state.codes, state.affine, grid, parts[0])
     after = problem_errors(problem, torch.nan_to_num(_total(rounded)))
     take = found_again & (after < before)
+    if output_moment is not None:
+        solved = torch.where(found_again[:, None], _total(rounded), _total(plain))
+        errors = [coupled_error(solver, values, output_moment) for values in (solved, _total(plain))]
+        take = found_again if errors[0] < errors[1] else torch.zeros_like(found_again)
     if solver.grid.per_tensor:
         take = (found_again.all() & (after.sum() < before.sum())).expand_as(take)
     chosen = _chosen(take, (floats, rounded), (list(parts), plain), grid)
@@ -177,8 +194,11 @@ def _realised(solver: Parts, state: State, grid: Grid, parts: Sequence[Tensor], 
         take = torch.zeros_like(take)
         chosen = _stable([part.detach().clone() for part in parts], plain, grid), plain
     floats, rounded = chosen
-    found = float(problem_errors(problem, _total(rounded)).sum())
-    return SolvedWeight(floats, rounded, float(before.sum()), found, rounds, ~take, solver, state)
+    if output_moment is None:
+        found, begun = float(problem_errors(problem, _total(rounded)).sum()), float(before.sum())
+    else:
+        found, begun = (coupled_error(solver, _total(each), output_moment) for each in (rounded, plain))
+    return SolvedWeight(floats, rounded, begun, found, rounds, ~take, solver, state)
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.grid import Grid
 from splitquant_plugins.plugins import Plugins
 
-FAST = {"rounds": 1, "starts": (1.0,), "sweeps": 1}
+FAST = {"rounds": 1, "starts": (1.0,), "sweeps": 1, "coupled_rows": False}
 TRAINED = {**FAST, "tune_blocks": True, "tune_model": True, "epochs": 2, "model_steps": 30, "batch_size": 16}
 # A few steps of each stage, for what does not depend on how well they go.
 SHORT = {**TRAINED, "epochs": 1, "model_steps": 5, "batch_size": 20}
