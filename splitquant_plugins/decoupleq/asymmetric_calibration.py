@@ -149,12 +149,13 @@ def _paired_moments(
                 for name in names:
                     for inputs in found[name]:
                         own[name].add(inputs, masks.of(layers[name]))
-                    if [one.shape for one in wanted[name]] != [one.shape for one in found[name]]:
+                    shapes = [one.shape for one in found[name]]
+                    if [one.shape for one in wanted[name]] != shapes or (name in lacks and len(shapes) > 1):
                         unlike.add(name)
                     if name not in unlike:
                         for inputs, others in zip(found[name], wanted[name], strict=True):
                             pairs[name].add(inputs, masks.of(layers[name]), others)
-                alike = lacks.keys() - unlike
+                alike = [name for name in lacks if name not in unlike and found[name]]
                 if alike and float_output is not None:
                     # Several that are solved at once share what is to be made up for.
                     share = (float_output - output_tensor(output)) / len(lacks)

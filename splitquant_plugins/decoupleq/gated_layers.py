@@ -57,7 +57,10 @@ def gated_layers(block: nn.Module, call: Call, layers: Mapping[str, nn.Module]) 
 
 @torch.no_grad()
 def gated_moments(now: BlockInputs, before: FloatInputs, name: str) -> tuple[Tensor, Tensor, int] | None:
-    """H [out, d, d] and E [out, 1, d] of a layer in `before.gated`, and the rows seen; None where shapes differ."""
+    """H [out, d, d] and E [out, 1, d] of a layer in `before.gated`, and the rows seen.
+
+    None where some call of the block leaves the layer out, or gives the later one another shape than the float model.
+    """
     layer, later = before.layers[name], before.gated[name]
     watched = {each: before.layers[each] for each in (name, later)}
     outputs, width = out_features(layer), moment_shape(name, layer)[-1]
@@ -69,7 +72,8 @@ def gated_moments(now: BlockInputs, before: FloatInputs, name: str) -> tuple[Ten
         with naming_batch(index + 1, now.block):
             wanted = before.of(index)[0][later]
             found, _ = replay(now.block, now.calls[index], watched, dict.fromkeys(watched, 1))
-            if [each.shape for each in wanted] != [each.shape for each in found[later]]:
+            once = len(wanted) == len(found[later]) == len(found[name]) == 1
+            if not once or wanted[0].shape != found[later][0].shape:
                 return None
             ones = torch.ones_like(wanted[0])
             factor = _changed_inputs(now.block, now.calls[index], layer, {later: watched[later]}, ones)[later]

@@ -37,13 +37,18 @@ def output_moments(
         for name, layer in layers.items()
         if not isinstance(layer, CONVOLUTIONS) and out_features(layer) ** 2 * torch.float64.itemsize <= max_bytes
     }
+    if not chosen:
+        return {}
     sums: dict[str, Tensor] = {}
     seen: dict[str, int] = {}
     generator = torch.Generator().manual_seed(0)
     step, index = 1, 0
     while index < len(calls):
         outputs, probes = _with_probes(block, calls[index], chosen)
-        if probes and not outputs.requires_grad:
+        if not probes:
+            index += 1  # a call that reaches none of them
+            continue
+        if not outputs.requires_grad:
             raise RuntimeError("the block computes without gradients")
         if outputs.ndim < 2:
             raise InputError(f"a block returned a tensor of shape {tuple(outputs.shape)} first: expected rows")
@@ -84,6 +89,4 @@ def _with_probes(block: nn.Module, call: Call, layers: Mapping[str, nn.Module]) 
 
 
 def _gradients(outputs: Tensor, direction: Tensor, probes: Mapping[str, Tensor]) -> Sequence[Tensor | None]:
-    if not probes:
-        return []
     return torch.autograd.grad(outputs, list(probes.values()), direction, allow_unused=True)

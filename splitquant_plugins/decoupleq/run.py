@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 from splitquant_plugins.decoupleq.asymmetric_calibration import (
     FloatInputs,
@@ -167,6 +168,12 @@ class Run:
                     joint=len(layer.modules) > 1,
                     seconds=time.perf_counter() - started,
                 )
+                width = moment.matrix.shape[-1]
+                if moment.samples < width:
+                    self.notes.append(
+                        f"{name}: {moment.samples} calibration inputs for {width} weights per output are few, and on "
+                        "others the solution may be worse than plain rounding: give more calibration data"
+                    )
                 if self.examples:
                     solutions[name] = solution
         trained: dict[str, Tensor] = {}
@@ -383,14 +390,17 @@ class Run:
 
     def _fingerprint(self, stages: Sequence[Stage]) -> str:
         """Hash what the solutions depend on."""
-        description = {
+        description: dict[str, Any] = {
             "version": version_of(),
             "options": self.config.model_dump(),
             "stages": [stage.layers for stage in stages],
             "grids": {name: repr(layer.grid) for name, layer in self.layers.items()},
         }
         calls = iter_calls(self.model, self.calibration)
-        inputs = (v for args, kwargs in calls for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        leaves = [leaf for call in calls for leaf in tree_leaves(call)]
+        plain = (bool, int, float, str, type(None))
+        description["batches"] = [leaf if isinstance(leaf, plain) else type(leaf).__name__ for leaf in leaves]
+        inputs = (leaf for leaf in leaves if isinstance(leaf, Tensor))
         return fingerprint(description, itertools.chain(self.model.state_dict().values(), inputs))
 
     def put_back(self) -> None:

@@ -27,6 +27,7 @@ CALIBRATED_KINDS = ("linear", "conv1d", "conv2d", "conv3d", "conv1d_hf")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # Rows that are unfolded and multiplied at once: bounds the copy that the unfolding of a convolution makes.
 _CHUNK_ELEMENTS = 1 << 24
+_NO_LABEL = -100  # of padding, in transformers
 
 
 @dataclass(frozen=True)
@@ -262,8 +263,9 @@ def only_input(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> T
 def iter_calls(model: nn.Module, batches: Batches) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Yield the (args, kwargs) of a forward call per batch, on the device of the model's first tensor.
 
-    Accepts what `iter_second_moments` accepts; `labels` is dropped from dicts, so that no loss is computed. Tensors are
-    copied: a model that writes into its inputs leaves the batches as they are for the next run.
+    Accepts what `iter_second_moments` accepts; `labels` is dropped from dicts, so that no loss is computed, but for
+    what a decoder of transformers reads of them. Tensors are copied: a model that writes into its inputs leaves the
+    batches as they are for the next run.
     """
     first = next(model.parameters(), None)
     found = batches() if callable(batches) else batches
@@ -274,6 +276,7 @@ def iter_calls(model: nn.Module, batches: Batches) -> Iterator[tuple[tuple[Any, 
         kwargs: dict[str, Any] = {}
         if isinstance(batch, Mapping):
             kwargs = {str(key): value for key, value in batch.items() if key != "labels"}
+            kwargs.update(_decoder_inputs(model, batch))
         elif isinstance(batch, (tuple, list)):
             args = tuple(batch)
         elif isinstance(batch, Tensor):
@@ -288,6 +291,19 @@ def iter_calls(model: nn.Module, batches: Batches) -> Iterator[tuple[tuple[Any, 
             args = tuple(_copied_to(value, first.device) for value in args)
             kwargs = {key: _copied_to(value, first.device) for key, value in kwargs.items()}
         yield args, kwargs
+
+
+def _decoder_inputs(model: nn.Module, batch: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """What transformers' encoder-decoders make of labels that are dropped: the text that their decoder reads."""
+    shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    labels = batch.get("labels")
+    given = any(batch.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+    if shifted is None or not isinstance(labels, Tensor) or given:
+        return {}
+    found = {"decoder_input_ids": shifted(labels)}
+    if batch.get("decoder_attention_mask") is None:
+        found["decoder_attention_mask"] = (labels != _NO_LABEL).long()
+    return found
 
 
 @contextmanager

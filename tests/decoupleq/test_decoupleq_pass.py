@@ -360,3 +360,27 @@ def test_passes_in_a_row_print_as_they_are_written():
     assert repr(first + second) == f"{first!r} + {second!r}"
     assert repr(first + second) == repr(SplitQuantPass(k=2) + DecoupleQPass(calibration=[], bits=3))
     assert repr(first + second) != repr(SplitQuantPass(k=4) + second)
+
+
+def test_nested_batches_are_part_of_what_is_resumed(tmp_path):
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+
+        def forward(self, pair, scale=1.0):
+            return self.blocks(pair[0] * pair[1] * scale)
+
+    torch.manual_seed(0)
+    x, other = torch.randn(20, 6), torch.randn(20, 6)
+    options = {"resume_dir": tmp_path / "blocks", "rounds": 1, "starts": (1.0,)}
+
+    def solve(batch):
+        torch.manual_seed(0)
+        return DecoupleQPass(calibration=[batch], **options).apply(Nested().eval(), grid=UniformGrid(2))
+
+    solve({"pair": (x, x)})
+    solve({"pair": (x, x)})
+    for batch in ({"pair": (x, other)}, {"pair": (x, x), "scale": 9.0}):
+        with pytest.raises(InputError, match="other options, weights or calibration data"):
+            solve(batch)

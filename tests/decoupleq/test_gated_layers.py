@@ -120,3 +120,34 @@ def test_gated_models_come_out_nearer() -> None:
         assert len(manifest_of(model).solved) == 12
         better += errors[0] < errors[1]
     assert better >= 2
+
+
+class Experts(nn.Module):
+    """Sends each row to one of two gated experts, which a small batch may leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([Gated(), Gated()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, y = x[..., 0] > 0, torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = chosen == bool(number)
+            if bool(rows.any()):
+                y[rows] = expert(x[rows])
+        return x + y
+
+
+def test_experts_that_some_batches_leave_out_are_solved_and_few_inputs_are_noted() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Experts() for _ in range(3))).eval()
+    batches = [torch.randn(8, 4, 8), *(torch.randn(1, 1, 8) for _ in range(6))]
+    DecoupleQPass(calibration=batches, **{**QUICK, "coupled_rows": True}).apply(model, grid=GRID)
+    assert len(manifest_of(model).solved) == 24
+    assert not any("give more calibration data" in note for note in manifest_of(model).notes)
+    few = nn.Sequential(Gated(), Gated()).eval()
+    DecoupleQPass(calibration=[torch.randn(2, 5, 8)], **QUICK).apply(few, grid=GRID)
+    notes = [note for note in manifest_of(few).notes if "give more calibration data" in note]
+    assert [note.partition(" are few")[0] for note in notes] == [
+        f"{name}.down: 10 calibration inputs for 12 weights per output" for name in (0, 1)
+    ]

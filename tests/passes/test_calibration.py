@@ -273,3 +273,18 @@ def test_batches_stay_as_they_are_whatever_the_model_does_to_its_inputs(given) -
     for _ in range(2):
         moments = collect_second_moments(model, batches, linears(model))
         torch.testing.assert_close(moments["layer"].matrix[0].double(), naive(inputs + 1))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_decoder_reads_what_its_labels_say():
+    """Without decoder_input_ids transformers' encoder-decoders shift their labels; padding of these does not count."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 32, "max_position_embeddings": 16}
+    heads = {f"{one}_{name}": 2 for one in ("encoder", "decoder") for name in ("attention_heads", "ffn_dim")}
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes, **heads)).eval()
+    labels = torch.randint(4, 32, (3, 7))
+    labels[:, 5:] = -100
+    batch = {"input_ids": torch.randint(4, 32, (3, 9)), "labels": labels}
+    layers = {name: one for name, one in model.named_modules() if name.endswith("coder.layers.0.fc1")}
+    samples = {name.split(".")[1]: one.samples for name, one in collect_second_moments(model, [batch], layers).items()}
+    assert samples == {"encoder": 27, "decoder": 15}
