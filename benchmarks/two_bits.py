@@ -131,12 +131,13 @@ def auto_round(bits: int, steps: int, **options: Any) -> Callable[[nn.Module, Su
 
     def run(model: nn.Module, subject: Subject, group_size: int) -> nn.Module:
         from auto_round import AutoRound
+        from transformers import ByT5Tokenizer
 
         scheme = {"bits": bits, "group_size": group_size, "sym": False, "data_type": "int", "act_bits": 16}
         single = [ids[None] for batch in subject.calibration for ids in batch["input_ids"]]
         tuned = AutoRound(
             model,
-            tokenizer=subject.tokenizer,
+            tokenizer=subject.tokenizer or ByT5Tokenizer(),  # it wants one, though the data are tokens
             scheme=scheme,
             iters=2 if subject.smoke else steps,
             seqlen=max(ids.shape[1] for ids in single),

@@ -52,6 +52,7 @@ DECOUPLEQ_OPTIONS = {
     "exclude": ("c",),
     "sequential": False,
     "asymmetric_calibration": 0.25,
+    "coupled_rows": False,
     "tune_blocks": True,
     "tune_model": True,
     "tune_codes": False,
