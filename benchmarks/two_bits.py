@@ -266,13 +266,14 @@ def measured(subject: Subject, method: Method, group_size: int, wanted: Sequence
     row: dict[str, Any] = {"model": subject.name, "layers": subject.layers, "method": method.name}
     row |= {"format": f"INT{method.bits}", "k": method.parts, "seed": subject.seed}
     twin = copy.deepcopy(subject.model)
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     try:
         with PeakMemory() as memory:
             quantized = method.run(twin, subject, group_size).eval()
     except Exception as error:
         return {**row, "failed": f"{type(error).__name__}: {error}".partition("\n")[0][:120]}
     row["seconds"] = time.perf_counter() - started
+    row["CPU seconds"] = time.process_time() - busy
     row["peak MB"] = memory.megabytes
     row["bits/weight"] = stored_bits(quantized)
     return row | quality(quantized, subject, wanted)
@@ -311,7 +312,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for same in found.values():
         one = {key: value for key, value in same[0].items() if key != "seed"}
         good = [row for row in same if "KL" in row]
-        for key in ("KL", "perplexity", "seconds", "peak MB"):
+        for key in ("KL", "perplexity", "seconds", "CPU seconds", "peak MB"):
             values = [row[key] for row in good if row.get(key) is not None]
             if values:
                 one[key] = statistics.fmean(values)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.decoupleq.capture import Call, output_tensor, replay, rounding_tolerance
+from splitquant_plugins.decoupleq.capture import Call, added_to_outputs, output_tensor, replay, rounding_tolerance
 from splitquant_plugins.decoupleq.gated_layers import gated_layers, gated_moments
 from splitquant_plugins.decoupleq.objective import prepared_moment
 from splitquant_plugins.errors import InputError
@@ -197,11 +197,8 @@ def _added_layers(block: nn.Module, call: Call, layers: Mapping[str, nn.Module])
             continue
         generator = torch.Generator().manual_seed(0)
         change = whole.abs().max() * torch.randn(whole.shape, generator=generator).to(whole)
-        handle = layer.register_forward_hook(lambda _module, _inputs, result, change=change: result + change)
-        try:
+        with added_to_outputs(layer, change):
             changed = output_tensor(replay(block, call, {})[1])
-        finally:
-            handle.remove()
         if (changed - whole - change).abs().max() <= rounding_tolerance(whole.dtype) * changed.abs().max():
             found.add(name)
     return frozenset(found)

@@ -115,6 +115,20 @@ def replay(
             return found, None
 
 
+@contextmanager
+def added_to_outputs(layer: nn.Module, change: Tensor) -> Iterator[None]:
+    """A layer's outputs, and so what comes of them, with something added, for the time of the block."""
+
+    def hook(_: nn.Module, _inputs: Any, result: Tensor) -> Tensor:
+        return result + change
+
+    handle = layer.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def block_outputs(block: nn.Module, inputs: Sequence[Call]) -> list[Tensor]:
     """The block's output for each call, detached; from the float block these are `tune_block`'s targets."""
     with evaluating(block), torch.no_grad():

@@ -8,14 +8,13 @@ Eᵢ is the mean of (hᵢ - ŝᵢ Wᵢ x̂) ŝᵢ x̂ᵀ. Each row has an Hᵢ o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.decoupleq.capture import Call, replay, rounding_tolerance
+from splitquant_plugins.decoupleq.capture import Call, added_to_outputs, replay, rounding_tolerance
 from splitquant_plugins.passes.calibration import CONVOLUTIONS, counted_rows, moment_shape, naming_batch, out_features
 
 if TYPE_CHECKING:
@@ -93,18 +92,6 @@ def _changed_inputs(
     block: nn.Module, call: Call, layer: nn.Module, later: Mapping[str, nn.Module], change: Tensor
 ) -> dict[str, Tensor]:
     """What later layers are given, each called once, where `change` is added to the outputs of a layer."""
-    with _added_to_outputs(layer, change):
+    with added_to_outputs(layer, change):
         inputs, _ = replay(block, call, later, dict.fromkeys(later, 1))
     return {name: each[0] for name, each in inputs.items()}
-
-
-@contextmanager
-def _added_to_outputs(layer: nn.Module, change: Tensor) -> Iterator[None]:
-    def hook(_: nn.Module, _inputs: Any, result: Tensor) -> Tensor:
-        return result + change
-
-    handle = layer.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

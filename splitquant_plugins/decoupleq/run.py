@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -250,7 +251,7 @@ class Run:
         ):
             self.window, calls = self.window[1:], calls[1:]
         chain = BlockChain([one.block for one in self.window], calls)
-        objective = block_objective(chain, targets, rows, [masks.of(solved.block) for masks in self._masks()])
+        objective = block_objective(chain, targets, rows, [masks.of(solved.block) for masks in self._masks])
         prefixes = {f"{one.name}." if one.name else "": f"blocks.{number}." for number, one in enumerate(self.window)}
 
         def inside(path: str) -> str:
@@ -266,14 +267,16 @@ class Run:
         ids = {id(parameter) for parameter in others.values()}
         return {name: p.detach() for name, p in self.model.named_parameters() if id(p) in ids}
 
+    @cached_property
     def _masks(self) -> list[TokenMasks]:
+        """Which tokens of each example count."""
         return masks_of(self.model, [(example.args, example.kwargs) for example in self.examples])
 
     def _tune_model(self) -> None:
         """Train all that was solved on the model's own outputs."""
         calls = [(example.args, example.kwargs) for example in self.examples]
         rows = [example.rows for example in self.examples]
-        masks = [masks.own for masks in self._masks()]
+        masks = [masks.own for masks in self._masks]
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         floats: dict[str, Tensor] = {
             _weight_of(path): original
