@@ -1,7 +1,7 @@
 """Two stored bits of causal language models: what each method leaves of the float model, and in what time.
 
     python benchmarks/two_bits.py [--story FOLDER --texts FOLDER] [--model FOLDER] [--group-size N] [--seeds 1]
-        [--only 'METHOD; METHOD'] [--json FILE] [--smoke]
+        [--first-seed 0] [--only 'METHOD; METHOD'] [--json FILE] [--rows FILE] [--smoke]
 
 Two models: the Llama that causal_lm.py trains on docstrings (`--model` keeps its weights between runs), and with
 `--story` a folder of transformers with `--texts`, which holds calibration.txt and test.txt, a document per line. All
@@ -280,14 +280,16 @@ def measured(subject: Subject, method: Method, group_size: int, wanted: Sequence
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows; those that are done are written to `--json` as they come."""
+    """All rows; with `--json`, a line of each is added to a file beside it as it comes (FILE.rows.jsonl)."""
+    lines = None if arguments.json is None else arguments.json.with_suffix(".rows.jsonl")
     rows: list[dict[str, Any]] = []
     only = {name.strip() for name in arguments.only.split(";")} if arguments.only else None
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for subject in subjects(arguments, seed):
             wanted = [next_logits(subject.model, batch) for batch in subject.test]
             row = {"model": subject.name, "layers": subject.layers, "method": "FP32", "format": "", "k": 1}
-            rows.append({**row, "seed": seed, "bits/weight": 32.0, **quality(subject.model, subject, wanted)})
+            row |= {"seed": seed, "bits/weight": 32.0, **quality(subject.model, subject, wanted)}
+            keep(row, rows, lines)
             for method in METHODS:
                 name = f"{method.name}/{method.bits}/{method.parts}"
                 if only is not None and not {method.name, name} & only:
@@ -298,9 +300,17 @@ def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     continue
                 if method.name.startswith("AutoRound") and subject.layers == "all" and unaligned(subject.model)[1:]:
                     continue  # measured on its own layers
-                rows.append(measured(subject, method, arguments.group_size, wanted))
-                print(json.dumps(rows[-1]), flush=True)
+                keep(measured(subject, method, arguments.group_size, wanted), rows, lines)
     return rows
+
+
+def keep(row: dict[str, Any], rows: list[dict[str, Any]], lines: Path | None) -> None:
+    """Print a row, and add it to the others and to the file of lines: a long run may be cut."""
+    print(json.dumps(row), flush=True)
+    rows.append(row)
+    if lines is not None:
+        with lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -332,6 +342,8 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=-1)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--only")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--rows", type=Path, nargs="*", help="lines of earlier runs to put into the table, too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
@@ -340,10 +352,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments.model = arguments.model or Path(folder)
         rows = run(arguments)
-    if arguments.json:
-        arguments.json.with_suffix(".rows.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    if arguments.rows:
+        rows += [json.loads(line) for path in arguments.rows for line in path.read_text("utf-8").splitlines()]
     grid = "a scale per channel" if arguments.group_size == -1 else f"groups of {arguments.group_size}"
-    title = f"Language models on INC's affine grid, {grid}; seeds 0 to {arguments.seeds - 1}"
+    seeds = sorted({row["seed"] for row in rows})
+    title = f"Language models on INC's affine grid, {grid}; seeds {seeds[0]} to {seeds[-1]}"
     report(title, summary(rows), arguments.json, PACKAGES)
 
 

@@ -121,7 +121,7 @@ class DecoupleQPass(ModelPass):
         except BaseException:
             run.put_back()
             raise
-        manifest = manifest_of_run(model, self.config, run, kept)
+        manifest = manifest_of_run(model, self.config, layers, run.records, kept, run.layer_stage.notes)
         manifest.seconds += time.perf_counter() - started
         set_manifest(model, manifest)
         for record in manifest.layers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,27 +16,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from splitquant_plugins.decoupleq.asymmetric_calibration import (
-    FloatInputs,
-    PairedMoments,
-    asymmetric_target,
-    iter_paired_moments,
-)
 from splitquant_plugins.decoupleq.block_tuning import BlockChain, block_objective, follows, other_parameters
 from splitquant_plugins.decoupleq.capture import BlockInputs, block_outputs, capture_inputs, detached, masks_of
 from splitquant_plugins.decoupleq.config import DecoupleQConfig
 from splitquant_plugins.decoupleq.examples import Example, examples_of, held_out_of
 from splitquant_plugins.decoupleq.layer_order import Stage, stages_of
+from splitquant_plugins.decoupleq.layer_stage import LayerStage
 from splitquant_plugins.decoupleq.layers import LayerToSolve
 from splitquant_plugins.decoupleq.learned_rounding import learned_parts, relearned
 from splitquant_plugins.decoupleq.model_tuning import model_objective
-from splitquant_plugins.decoupleq.output_moments import output_moments
 from splitquant_plugins.decoupleq.resume import Finished, fingerprint
-from splitquant_plugins.decoupleq.solve_weight import SolvedWeight, restored_weight, solve_weight, with_codes
+from splitquant_plugins.decoupleq.solve_weight import SolvedWeight, restored_weight, with_codes
 from splitquant_plugins.decoupleq.training import Learned, Objective, train
-from splitquant_plugins.errors import InputError, first_line
+from splitquant_plugins.errors import InputError
 from splitquant_plugins.manifest import TrainingRecord, ValuesRecord
-from splitquant_plugins.passes.calibration import Batches, iter_calls, iter_second_moments
+from splitquant_plugins.passes.calibration import Batches, iter_calls
 from splitquant_plugins.passes.token_masks import TokenMasks
 from splitquant_plugins.plugins import version_of
 from splitquant_plugins.progress import track
@@ -66,7 +60,6 @@ class Run:
         progress: bool,
     ) -> None:
         self.model = model
-        self.all_layers = layers
         self.config = config
         self.calibration = calibration
         self.calibration_bytes = calibration_bytes
@@ -75,7 +68,6 @@ class Run:
         self.layers: dict[str, LayerToSolve] = {}
         self.twins: dict[str, list[LayerToSolve]] = {}
         self.records: dict[str, ValuesRecord] = {}
-        self.notes: list[str] = []
         self.undo: list[tuple[nn.Parameter, Tensor]] = []
         self.solutions: dict[str, SolvedWeight] = {}
         self.window: list[SolvedBlock] = []
@@ -88,6 +80,7 @@ class Run:
             if first == name:
                 self.layers[name] = layer
             self.twins.setdefault(first, []).extend([layer] if first != name else [])
+        self.layer_stage = LayerStage(self.layers, self.twins, config, self._float_values, calibration_bytes)
 
     def solve(self) -> None:
         """Solve all layers, stage by stage.
@@ -136,47 +129,13 @@ class Run:
             if self.config.sequential and self.config.asymmetric_calibration:
                 before = capture_inputs(self.model, block, batches)
             targets = block_outputs(block, before or inputs.calls) if tunes else []
-        wanted = None
-        if before is not None:
-            modules = {name: self.layers[name].modules[0] for name in stage.layers}
-            wanted = FloatInputs(block, before, self._float_values, modules, self.calibration_bytes)
-        together = self._output_moments(stage, inputs, wanted) if wanted is not None else {}
         solutions: dict[str, SolvedWeight] = {}
         floats: dict[str, list[Tensor]] = {}
-        options = self.config.solve_options()
-        for group in stage.groups:
-            for name, pair in self._moments(group, inputs, wanted):
-                layer, moment = self.layers[name], pair.moment
-                started = time.perf_counter()
-                if not moment.samples:
-                    continue
-                part, damping = self.config.asymmetric_calibration, self.config.damping
-                weight = asymmetric_target(layer.weight(), pair, part, damping)
-                outside = together.get(name)
-                solution = solve_weight(
-                    weight, layer.parts(), moment.matrix, layer.grid, options, output_moment=outside, name=name
-                )
-                layer.put(solution.rounded, self.twins[name])
-                floats[name] = solution.floats
-                self.records[name] = ValuesRecord(
-                    action="solved",
-                    grid=repr(layer.grid),
-                    error_before=solution.error_before,
-                    error_after=solution.error_after,
-                    rounds=solution.rounds,
-                    samples=moment.samples,
-                    plain_rows=solution.plain_rows,
-                    joint=len(layer.modules) > 1,
-                    seconds=time.perf_counter() - started,
-                )
-                width = moment.matrix.shape[-1]
-                if moment.samples < width:
-                    self.notes.append(
-                        f"{name}: {moment.samples} calibration inputs for {width} weights per output are few, and on "
-                        "others the solution may be worse than plain rounding: give more calibration data"
-                    )
-                if self.examples:
-                    solutions[name] = solution
+        for name, solution, record in self.layer_stage.solve(stage, inputs, before):
+            floats[name] = solution.floats
+            self.records[name] = record
+            if self.examples:
+                solutions[name] = solution
         trained: dict[str, Tensor] = {}
         if tunes and solutions:
             if before is None:
@@ -186,36 +145,6 @@ class Run:
             solutions = {name: solution for one in self.window for name, solution in one.solutions.items()}
         self.solutions.update(solutions)
         return {**floats, **{name: solution.floats for name, solution in solutions.items()}}, trained
-
-    def _output_moments(self, stage: Stage, inputs: BlockInputs, before: FloatInputs) -> dict[str, Tensor]:
-        """G of those layers whose outputs make up for each other: not of those that are added to the block's anyway."""
-        if not self.config.coupled_rows or stage.block is None:
-            return {}
-        layers = {name: layer for name, layer in before.layers.items() if name not in before.added}
-        try:
-            with self._float_values():
-                return output_moments(stage.block, before.calls, inputs.masks, layers, self.calibration_bytes // 4)
-        except (InputError, RuntimeError) as error:  # what has no gradients is solved row by row
-            self.notes.append(f"{stage.name or 'the model'}: no coupled rows: {first_line(error)}")
-            return {}
-
-    def _moments(
-        self, group: Sequence[str], inputs: BlockInputs, before: FloatInputs | None
-    ) -> Iterator[tuple[str, PairedMoments]]:
-        """Second moments of layers, and where there are the float model's inputs too, those across the two."""
-        modules = {name: self.layers[name].modules[0] for name in group}
-        limit = self.calibration_bytes
-        if before is not None:
-            yield from iter_paired_moments(inputs, before, modules, limit)
-            return
-        found = iter_second_moments(inputs, inputs.batches, modules, max_bytes=limit)
-        while True:
-            # What is observed in several passes is observed behind layers that were solved in between.
-            with nullcontext() if self.config.sequential else self._float_values():
-                one = next(found, None)
-            if one is None:
-                return
-            yield one[0], PairedMoments(one[1], None)
 
     @contextmanager
     def _float_values(self) -> Iterator[None]:
@@ -357,7 +286,7 @@ class Run:
         for name in solutions:
             trainings = (*self.records[name].trainings, record)
             self.records[name] = self.records[name].model_copy(update={"trainings": trainings})
-        self.notes.append(
+        self.layer_stage.notes.append(
             f"{title} was trained for {record.steps} steps: error on {record.rows_held_out} rows held out "
             f"{before:.4g} before, {after:.4g} after"
         )

@@ -73,9 +73,13 @@ def test_two_bits(tmp_path: Path) -> None:
 
     only = "RTN; decoupleQ/2/1; auto/2/2"
     arguments = argparse.Namespace(
-        story=None, texts=None, model=tmp_path, group_size=32, seeds=2, only=only, json=None, smoke=True
+        **{"story": None, "texts": None, "model": tmp_path, "group_size": 32, "only": only, "smoke": True},
+        **{"seeds": 2, "first_seed": 0, "json": tmp_path / "table.json"},
     )
-    rows = two_bits.summary(two_bits.run(arguments))
+    single = two_bits.run(arguments)
+    lines = (tmp_path / "table.rows.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == single
+    rows = two_bits.summary(single)
     assert [(row["method"], row["format"], row["k"], row["n"]) for row in rows] == [
         ("FP32", "", 1, 2),
         ("RTN", "INT2", 1, 2),
