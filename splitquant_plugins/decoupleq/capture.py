@@ -22,12 +22,17 @@ class BlockInputs(nn.Module):
     Only this block's inputs are held, not those of the model's other blocks.
     """
 
-    def __init__(self, model: nn.Module, block: nn.Module, batches: Batches) -> None:
+    def __init__(self, block: nn.Module, calls: Sequence[Call], masks: Sequence[TokenMasks]) -> None:
         super().__init__()
         self.block = block
-        self.calls: list[Call] = capture_inputs(model, block, batches)
-        self.masks = masks_of(model, iter_calls(model, batches))
-        self.batches = [{"index": index, "masks": masks} for index, masks in enumerate(self.masks)]
+        self.calls = calls
+        self.masks = masks
+        self.batches = [{"index": index, "masks": each} for index, each in enumerate(masks)]
+
+    @classmethod
+    def captured(cls, model: nn.Module, block: nn.Module, batches: Batches) -> BlockInputs:
+        """What the model as it is calls the block with on each batch."""
+        return cls(block, capture_inputs(model, block, batches), masks_of(model, iter_calls(model, batches)))
 
     def forward(self, index: int, masks: TokenMasks | None = None) -> Any:
         """Replay a call; the masks are only for those who collect statistics."""
@@ -42,8 +47,8 @@ def masks_of(model: nn.Module, calls: Iterable[Call]) -> list[TokenMasks]:
         return [finder.masks(*call) for call in calls]
 
 
-class _BlockReached(Exception):  # noqa: N818 - control flow, not a failure
-    pass
+class BlockReached(Exception):  # noqa: N818 - control flow, not a failure
+    """Ends a forward pass once all is seen that it was run for."""
 
 
 def capture_inputs(model: nn.Module, block: nn.Module, batches: Batches) -> list[Call]:
@@ -55,17 +60,17 @@ def capture_inputs(model: nn.Module, block: nn.Module, batches: Batches) -> list
     calls: list[Call] = []
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(detached((args, _without_cache(kwargs))))
-        raise _BlockReached
+        calls.append(detached((args, without_cache(kwargs))))
+        raise BlockReached
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        with evaluating(model), _keeping_no_cache(model), torch.no_grad():
+        with evaluating(model), keeping_no_cache(model), torch.no_grad():
             for number, (args, kwargs) in enumerate(iter_calls(model, batches), start=1):
                 try:
                     with naming_batch(number, model):
                         model(*args, **kwargs)
-                except _BlockReached:
+                except BlockReached:
                     continue
                 raise InputError("the model did not call the block whose inputs were to be captured")
     finally:
@@ -159,7 +164,7 @@ def predictions(output: Any) -> tuple[Tensor, bool]:
 
 
 @contextmanager
-def _keeping_no_cache(model: nn.Module) -> Iterator[None]:
+def keeping_no_cache(model: nn.Module) -> Iterator[None]:
     """No cache by the configurations of transformers, whose blocks would add to it in every replay."""
     configs: dict[int, Any] = {id(each): each for each in (getattr(one, "config", None) for one in model.modules())}
     caching = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
@@ -172,7 +177,7 @@ def _keeping_no_cache(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments without a cache of keys and values, which every replay would add to."""
     none = {key: None for key in ("past_key_value", "past_key_values") if key in kwargs}
     return {**kwargs, **none, **({"use_cache": False} if "use_cache" in kwargs else {})}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.passes.calibration import Batches, evaluating, iter_calls, naming_batch, only_input
+from splitquant_plugins.passes.module_tree import is_transformers_conv1d
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,14 @@ def stages_of(model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module
     return stages
 
 
+def stage_of_block(
+    name: str, block: nn.Module, replayed: nn.Module, batches: Batches, layers: Mapping[str, nn.Module]
+) -> Stage:
+    """The stage of a single block, which `replayed` runs; layers that the first batch does not call are left out."""
+    order, _ = _called(replayed, batches, layers)
+    return Stage(name, tuple(tuple(names) for _, names in itertools.groupby(order, key=order.__getitem__)), block)
+
+
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The repeated blocks of a model, in order, with their names.
 
@@ -73,7 +82,7 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         blocks = [
             (f"{prefix}.{name}" if prefix else name, child)
             for name, child in module.named_children()
-            if any(isinstance(inner, nn.Linear) for inner in child.modules())
+            if any(isinstance(inner, nn.Linear) or is_transformers_conv1d(inner) for inner in child.modules())
         ]
         if len(blocks) > max(len(best), 1):
             best = blocks

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
@@ -80,17 +81,45 @@ class LayerToSolve:
                 layer.modules[number].weight = parameter
 
 
+@contextmanager
+def with_float_weights(layers: Iterable[LayerToSolve], twins: Iterable[LayerToSolve] = ()) -> Iterator[None]:
+    """The layers, and others that share their weights, as they were, for the time of the block."""
+    every = [
+        (module, original)
+        for layer in (*layers, *twins)
+        for module, original in zip(layer.modules, layer.original, strict=True)
+    ]
+    weights = [module.weight for module, _ in every]
+    for module, original in every:
+        module.weight = original
+    try:
+        yield
+    finally:
+        for (module, _), weight in zip(every, weights, strict=True):
+            module.weight = weight
+
+
 def layers_to_solve(
-    model: nn.Module, config: DecoupleQConfig, plugins: Plugins, grid: Grid | GridRule | None, ignore: Sequence[str]
+    model: nn.Module,
+    config: DecoupleQConfig,
+    plugins: Plugins,
+    grid: Grid | GridRule | None,
+    ignore: Sequence[str],
+    *,
+    loaded: bool = True,
 ) -> tuple[dict[str, LayerToSolve], dict[str, str]]:
-    """Return the layers to be solved by name, and why the others are not; ConfigError where there are none."""
+    """Return the layers to be solved by name, and why the others are not; ConfigError where there are none.
+
+    `loaded`: the weights are in memory, and checked.
+    """
     splits = {name: module for name, module in model.named_modules() if isinstance(module, SplitModule)}
     inside = tuple(f"{name}." if name else "" for name in splits)
     patterns = UNSPLIT.model_copy(update={"include": config.include, "exclude": config.exclude})
     selection = select_layers(model, patterns, plugins, ignore)
     kept = {one.name: str(one.reason) for one in selection.ignored if not one.name.startswith(inside)}
     whole = [layer for layer in selection.split if not layer.name.startswith(inside)]
-    refuse_unfit_weights(whole)
+    if loaded:
+        refuse_unfit_weights(whole)
     found = {layer.name: LayerToSolve.whole(layer) for layer in whole}
     for name, split in splits.items():
         reason = reason_to_ignore([name], config, ignore)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,16 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from splitquant_plugins.checkpoints.files import read_json, write_json
 from splitquant_plugins.checkpoints.tensors import read_tensors, write_tensors
 from splitquant_plugins.errors import InputError
 
 
-def fingerprint(description: Mapping[str, Any], tensors: Iterable[Tensor]) -> str:
-    """Return a hash of options and of the bytes of tensors."""
-    digest = hashlib.sha256(json.dumps(description, sort_keys=True, default=repr).encode())
-    for tensor in tensors:
+def fingerprint(description: Mapping[str, Any], calls: Iterable[Any], tensors: Iterable[Tensor] = ()) -> str:
+    """Return a hash of options, of the calibration's calls, and of the bytes of tensors."""
+    leaves = [leaf for call in calls for leaf in tree_leaves(call)]
+    plain = (bool, int, float, str, type(None))
+    batches = [leaf if isinstance(leaf, plain) else type(leaf).__name__ for leaf in leaves]
+    digest = hashlib.sha256(json.dumps({**description, "batches": batches}, sort_keys=True, default=repr).encode())
+    for tensor in itertools.chain(tensors, (leaf for leaf in leaves if isinstance(leaf, Tensor))):
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -64,4 +69,13 @@ class Finished:
 
     def _path(self, number: int, extension: str) -> Path:
         assert self.folder is not None
-        return self.folder / f"block_{number:04d}.{extension}"
+        return self.folder / f"{_name(number)}.{extension}"
+
+    @staticmethod
+    def tensors_file(number: int) -> str:
+        """Name of the file that holds the tensors of a stage."""
+        return f"{_name(number)}.safetensors"
+
+
+def _name(number: int) -> str:
+    return f"block_{number:04d}"

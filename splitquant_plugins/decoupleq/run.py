@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
 
 from splitquant_plugins.decoupleq.block_tuning import BlockChain, block_objective, follows, other_parameters
 from splitquant_plugins.decoupleq.capture import BlockInputs, block_outputs, capture_inputs, detached, masks_of
@@ -22,7 +21,7 @@ from splitquant_plugins.decoupleq.config import DecoupleQConfig
 from splitquant_plugins.decoupleq.examples import Example, examples_of, held_out_of
 from splitquant_plugins.decoupleq.layer_order import Stage, stages_of
 from splitquant_plugins.decoupleq.layer_stage import LayerStage
-from splitquant_plugins.decoupleq.layers import LayerToSolve
+from splitquant_plugins.decoupleq.layers import LayerToSolve, with_float_weights
 from splitquant_plugins.decoupleq.learned_rounding import learned_parts, relearned
 from splitquant_plugins.decoupleq.model_tuning import model_objective
 from splitquant_plugins.decoupleq.resume import Finished, fingerprint
@@ -123,7 +122,7 @@ class Run:
         block = self.model if stage.block is None else stage.block
         tunes = self.config.tune_blocks and stage.block is not None
         batches = [example.batch for example in self.examples] if tunes else self.calibration
-        inputs = BlockInputs(self.model, block, batches)
+        inputs = BlockInputs.captured(self.model, block, batches)
         before = None
         with self._float_values():
             if self.config.sequential and self.config.asymmetric_calibration:
@@ -149,25 +148,15 @@ class Run:
     @contextmanager
     def _float_values(self) -> Iterator[None]:
         """The float model, for the time of the block."""
-        modules = [
-            (module, original)
-            for name, layer in self.layers.items()
-            for one in (layer, *self.twins[name])
-            for module, original in zip(one.modules, layer.original, strict=True)
-        ]
-        weights = [module.weight for module, _ in modules]
         trained = {id(parameter): (parameter, parameter.detach().clone()) for parameter, _ in self.undo}
-        for module, original in modules:
-            module.weight = original
-        self.put_back()
-        try:
-            yield
-        finally:
-            for (module, _), weight in zip(modules, weights, strict=True):
-                module.weight = weight
-            with torch.no_grad():
-                for parameter, value in trained.values():
-                    parameter.copy_(value)
+        with with_float_weights(self.layers.values(), itertools.chain(*self.twins.values())):
+            self.put_back()
+            try:
+                yield
+            finally:
+                with torch.no_grad():
+                    for parameter, value in trained.values():
+                        parameter.copy_(value)
 
     def _tune_block(self, solved: SolvedBlock, targets: Sequence[Tensor]) -> dict[str, Tensor]:
         """Train the block, with those before it in the window; return what was trained besides weights, by name."""
@@ -329,11 +318,7 @@ class Run:
             "grids": {name: repr(layer.grid) for name, layer in self.layers.items()},
         }
         calls = iter_calls(self.model, self.calibration)
-        leaves = [leaf for call in calls for leaf in tree_leaves(call)]
-        plain = (bool, int, float, str, type(None))
-        description["batches"] = [leaf if isinstance(leaf, plain) else type(leaf).__name__ for leaf in leaves]
-        inputs = (leaf for leaf in leaves if isinstance(leaf, Tensor))
-        return fingerprint(description, itertools.chain(self.model.state_dict().values(), inputs))
+        return fingerprint(description, calls, self.model.state_dict().values())
 
     def put_back(self) -> None:
         """Undo what was trained in place."""

@@ -107,6 +107,14 @@ def refuse_unfit_weights(layers: Sequence[Layer]) -> None:
                 raise SplitFailedError(f"{where} has {count} NaN or infinite values; repair the checkpoint")
 
 
+def refuse_unfit_values(name: str, tensor: Tensor) -> None:
+    """Raise SplitFailedError where a tensor of a checkpoint holds NaN or infinity."""
+    # Extremes are finite where all values are, and need no second tensor.
+    if tensor.numel() and not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor)):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise SplitFailedError(f"{name} has {count} NaN or infinite values; repair the checkpoint")
+
+
 def check_parts(where: str, tensor: Tensor, parts: Sequence[Tensor], k: int) -> None:
     """Raise SplitFailedError unless 1 to k parts of the tensor's shape, dtype and device sum to it."""
     refuse_malformed_parts(where, tensor, parts, k)

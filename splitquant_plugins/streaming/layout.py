@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import glob
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from splitquant_plugins.backends import Packer
 from splitquant_plugins.checkpoints.headers import TensorSpec
@@ -23,8 +24,10 @@ from splitquant_plugins.passes.select import Layer, Selection, select_layers
 from splitquant_plugins.passes.split_layer import MOST_BUDGET_PARTS
 from splitquant_plugins.passes.splitquant import WITHIN_BUDGET, SplitQuantPass
 from splitquant_plugins.plan import LayerPlan, Skip
+from splitquant_plugins.streaming.parameters import IN_MEMORY, Parameters
 
-IN_MEMORY = "use --no-stream to load the model into memory"
+# A method of a class is changed for a while.
+_one_at_a_time = Lock()
 
 
 @dataclass(frozen=True)
@@ -74,16 +77,35 @@ class Layout:
         return runs
 
 
-def empty_skeleton(folder: Path) -> tuple[nn.Module, torch.dtype | None]:
-    """Make the model of a folder on the meta device; also return the dtype that its configuration states."""
+def empty_skeleton(folder: Path, *, buffers: bool = False) -> tuple[nn.Module, torch.dtype | None]:
+    """Make the model of a folder on the meta device; also return the dtype that its configuration states.
+
+    With `buffers` it can be run once its parameters have values: buffers, which may be in no file, have theirs.
+    """
     config = load_config(folder)
     if getattr(config, "quantization_config", None):
         raise AlreadyQuantizedError(f"{folder} is quantized, says its config.json; split first, then quantize")
-    with torch.device("meta"):
+    with _parameters_on_meta() if buffers else torch.device("meta"):
         model: Any = empty_model(config, folder).eval()
     model.tie_weights()
     dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
     return model, dtype if isinstance(dtype, torch.dtype) else None
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """New modules get parameters without values, and compute their buffers."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, None if param is None else nn.Parameter(param.to("meta"), param.requires_grad))
+
+    with _one_at_a_time:
+        nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def make_layout(
@@ -111,7 +133,7 @@ def make_layout(
         as_stored = layer.plan.weight is layer.module.weight or is_transformers_conv1d(layer.module)
         if layer.name not in quantized or not as_stored:
             raise ConfigError(f"streaming cannot pack {layer.name}, a {layer.plan.kind}; exclude it, or {IN_MEMORY}")
-    parameters = _Parameters(model, source, dtype)
+    parameters = Parameters(model, source, dtype)
     units: list[Unit] = []
     same_as: dict[str, str] = {}
     consumed: set[str] = set()
@@ -169,67 +191,6 @@ def _outputs(layer: str, specs: Mapping[str, TensorSpec], packer: Packer, k: int
         made.update({role: spec for role, spec in specs.items() if role != "weight"})
     parts = [_join(layer, part) for part in part_names(max(k, 2))]
     return tuple((_join(part, key), spec) for part in parts for key, spec in made.items())
-
-
-class _Parameters:
-    """Which tensor of the checkpoint belongs to which name of the model's state, and in which dtype."""
-
-    def __init__(self, model: nn.Module, source: Source, dtype: torch.dtype | None) -> None:
-        self._source = source
-        self._model = model
-        state = model.state_dict(keep_vars=True)
-        # Tied tensors are one object on the meta device too.
-        self._groups: dict[int, list[str]] = {}
-        for name, tensor in state.items():
-            self._groups.setdefault(id(tensor), []).append(name)
-        self._sources: dict[str, str] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        for group in self._groups.values():
-            found = self._find(group, state[group[0]])
-            self._sources.update(dict.fromkeys(group, found))
-            stored = source.spec(found).dtype
-            self.dtypes[found] = dtype if dtype is not None and stored.is_floating_point else stored
-
-    def source_of(self, name: str) -> str:
-        return self._sources[name]
-
-    def spec_of(self, source: str) -> TensorSpec:
-        return TensorSpec(self.dtypes[source], self._source.spec(source).shape)
-
-    def tied_groups(self, consumed: set[str]) -> list[list[str]]:
-        """Names that are copied, those of one tensor together."""
-        groups = ([name for name in group if name not in consumed] for group in self._groups.values())
-        return [group for group in groups if group]
-
-    def refuse_unused(self) -> None:
-        """Raise for a tensor of the checkpoint that the model has no place for, and does not know as obsolete."""
-        obsolete = getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        for name in self._source.names:
-            if name not in self._sources and not any(re.search(pattern, name) for pattern in obsolete):
-                raise InputError(
-                    f"{self._source.folder} has a tensor {name}, which {type(self._model).__name__} does not; "
-                    f"if transformers renames it while loading, {IN_MEMORY}"
-                )
-
-    def _find(self, group: Sequence[str], tensor: Tensor) -> str:
-        there = [name for name in group if name in self._source]
-        kind = type(self._model).__name__
-        if not there:
-            raise InputError(
-                f"{self._source.folder} has no tensor {group[0]}, which {kind} needs; "
-                f"if transformers renames or makes it while loading, {IN_MEMORY}"
-            )
-        for name in there:
-            spec = self._source.spec(name)
-            if spec.shape != tuple(tensor.shape):
-                raise InputError(
-                    f"{self._source.folder}: {name} is {list(spec.shape)}, and {list(tensor.shape)} in {kind}"
-                )
-            if spec.dtype.is_floating_point != tensor.is_floating_point():
-                raise InputError(f"{self._source.folder}: {name} is {spec.dtype}, and {tensor.dtype} in {kind}")
-            if name != there[0] and not self._source.same(there[0], name):
-                raise InputError(f"{self._source.folder}: {there[0]} and {name} are tied in {kind}, and differ here")
-        return there[0]
 
 
 def _join(owner: str, name: str) -> str:

@@ -22,8 +22,9 @@ from splitquant_plugins.progress import track
 from splitquant_plugins.streaming.budget import parts_within_budget
 from splitquant_plugins.streaming.cluster import make_shards_on_cluster
 from splitquant_plugins.streaming.job import Job, describe_job, plan_of
-from splitquant_plugins.streaming.layout import IN_MEMORY, Layout, make_layout
+from splitquant_plugins.streaming.layout import Layout, make_layout
 from splitquant_plugins.streaming.local import make_shards, threads_of
+from splitquant_plugins.streaming.parameters import IN_MEMORY
 from splitquant_plugins.streaming.shards import Shards
 from splitquant_plugins.streaming.workplace import ShardRecord, Workplace
 

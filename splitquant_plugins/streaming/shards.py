@@ -12,9 +12,9 @@ from torch import Tensor
 from splitquant_plugins.backends import Packer
 from splitquant_plugins.checkpoints.headers import TensorSpec, longest_header
 from splitquant_plugins.checkpoints.source import Source
-from splitquant_plugins.errors import SplitFailedError
 from splitquant_plugins.manifest import LayerRecord
 from splitquant_plugins.passes.budget import Candidate
+from splitquant_plugins.passes.checks import refuse_unfit_values
 from splitquant_plugins.passes.record import layer_record
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.streaming.layout import Layout, Unit
@@ -116,7 +116,7 @@ class Shards:
 
     def _read(self, name: str) -> Tensor:
         tensor = self._source.read(name, self._layout.dtypes[name])
-        _refuse_unfit_values(name, tensor)
+        refuse_unfit_values(name, tensor)
         return tensor
 
     def write(
@@ -158,10 +158,3 @@ class Shards:
         record.weights += torch.Size(self._source.spec(unit.sources["weight"]).shape).numel()
         if done.layer is not None:
             record.layers.append(done.layer)
-
-
-def _refuse_unfit_values(name: str, tensor: Tensor) -> None:
-    # Extremes are finite where all values are, and need no second tensor.
-    if tensor.numel() and not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor)):
-        count = int((~torch.isfinite(tensor)).sum())
-        raise SplitFailedError(f"{name} has {count} NaN or infinite values; repair the checkpoint")

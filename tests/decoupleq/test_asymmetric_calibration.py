@@ -75,7 +75,7 @@ def with_weight(layer: nn.Linear, weight: torch.Tensor):
 
 def moments(model, batches, layers, changed: nn.Linear, weight: torch.Tensor, max_bytes: int = 2**20):
     """Moments with `changed` as it is now, against those with `weight` in its place."""
-    now = BlockInputs(model, model, batches)
+    now = BlockInputs.captured(model, model, batches)
     before = FloatInputs(model, now.calls, lambda: with_weight(changed, weight), layers, max_bytes)
     return dict(iter_paired_moments(now, before, layers, max_bytes))
 
@@ -160,7 +160,7 @@ class Doubled(Attention):
 def test_layers_whose_outputs_are_added_to_the_blocks_are_found(kind, added):
     block, x = kind().eval(), torch.randn(5, 3, 8)
     layers = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    inputs = BlockInputs(block, block, [x])
+    inputs = BlockInputs.captured(block, block, [x])
     assert FloatInputs(block, inputs.calls, nullcontext, layers, 2**20).added == added
 
 
@@ -169,8 +169,8 @@ def test_the_last_layer_makes_up_for_what_goes_past_it(max_bytes):
     block, x = Attention().eval(), torch.randn(50, 4, 8)
     mask = torch.ones(50, 4, dtype=torch.long)
     mask[:20, 2:] = 0
-    now = BlockInputs(block, block, [{"x": x + 0.1 * torch.tanh(3 * x), "attention_mask": mask}])
-    before = BlockInputs(block, block, [{"x": x, "attention_mask": mask}])
+    now = BlockInputs.captured(block, block, [{"x": x + 0.1 * torch.tanh(3 * x), "attention_mask": mask}])
+    before = BlockInputs.captured(block, block, [{"x": x, "attention_mask": mask}])
     floats = FloatInputs(block, before.calls, nullcontext, {"out": block.out}, max_bytes)
     ((_, pair),) = iter_paired_moments(now, floats, {"out": block.out}, max_bytes)
     target = asymmetric_target(block.out.weight, pair, 1.0, 0.0)
@@ -208,7 +208,7 @@ def test_blocks_that_change_their_input_see_it_unchanged():
     assert stages[0].groups == (("0.first",),)
     layers = {"first": block.first, "second": block.second}
     assert stages_of(block, [x.clone()], layers, sequential=True)[0].groups == (("first",), ("second",))
-    inputs = BlockInputs(block, block, [x])
+    inputs = BlockInputs.captured(block, block, [x])
     layers = {"first": block.first}
     for _ in range(2):
         before = FloatInputs(block, inputs.calls, nullcontext, layers, 2**20)
@@ -221,7 +221,7 @@ def test_the_float_model_runs_once_where_its_inputs_fit_and_nothing_runs_behind_
     model, x = stack(1), torch.randn(2, 3, 8)
     block = model[0]
     layers = {"query": block.query, "out": block.out}
-    now = BlockInputs(model, block, [x])
+    now = BlockInputs.captured(model, block, [x])
     runs, calls = [], []
     block.value.register_forward_hook(lambda *_: calls.append("value"))
     before = FloatInputs(block, now.calls, lambda: nullcontext(runs.append(1)), layers, max_bytes)
@@ -266,8 +266,8 @@ class Parallel(nn.Module):
 def test_layers_solved_at_once_share_what_is_to_be_made_up_for():
     block, x = Parallel().eval(), torch.randn(60, 8)
     layers = {"one": block.one, "two": block.two}
-    now = BlockInputs(block, block, [x + 0.1 * torch.randn(60, 8)])
-    before = FloatInputs(block, BlockInputs(block, block, [x]).calls, nullcontext, layers, 2**20)
+    now = BlockInputs.captured(block, block, [x + 0.1 * torch.randn(60, 8)])
+    before = FloatInputs(block, BlockInputs.captured(block, block, [x]).calls, nullcontext, layers, 2**20)
     for name, pair in iter_paired_moments(now, before, layers, 2**20):
         with torch.no_grad():
             layers[name].weight.copy_(asymmetric_target(layers[name].weight, pair, 1.0, 0.0))

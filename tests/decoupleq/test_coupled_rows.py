@@ -94,7 +94,7 @@ def test_moments_of_gradients_leave_padding_out() -> None:
     mask = torch.ones(6, 5, dtype=torch.long)
     mask[:, 3:] = 0
     # Rows of tokens that count; keys and values of the others are seen, too.
-    inputs = BlockInputs(block, block, [{"x": x, "attention_mask": mask}])
+    inputs = BlockInputs.captured(block, block, [{"x": x, "attention_mask": mask}])
     found = output_moments(block, inputs.calls, inputs.masks, linear_layers(block), 2**20)
     assert set(found) == {"query", "key", "value", "out"}
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))

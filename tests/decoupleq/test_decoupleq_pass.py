@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import splitquant_plugins.decoupleq.run as module
+import splitquant_plugins.decoupleq.layer_stage as module
 from splitquant_plugins import DecoupleQPass, Manifest, SplitQuantPass, UniformGrid, manifest_of
 from splitquant_plugins.errors import AlreadySplitError, ConfigError, InputError, SplitQuantWarning
 from splitquant_plugins.passes.rebuild import apply_manifest

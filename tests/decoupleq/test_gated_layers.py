@@ -71,13 +71,13 @@ def test_the_target_makes_up_for_the_gate(chunk: int, monkeypatch: pytest.Monkey
     mask[:30, 2:] = 0
     layers = linear_layers(block)
     batch = {"x": x, "attention_mask": mask}
-    before = FloatInputs(block, BlockInputs(block, block, [batch]).calls, nullcontext, layers, 2**20)
+    before = FloatInputs(block, BlockInputs.captured(block, block, [batch]).calls, nullcontext, layers, 2**20)
     with torch.no_grad():
         wanted = torch.nn.functional.silu(block.gate(x)) * block.up(x) + 0.3 * block.plus(x)
         assert before.of(0)[0]["down"][0].shape == wanted.shape
         block.gate.weight += 0.2 * torch.randn(12, 8)
     changed = {"x": x + 0.1 * torch.randn(90, 4, 8), "attention_mask": mask}
-    now = BlockInputs(block, block, [changed])
+    now = BlockInputs.captured(block, block, [changed])
     ((name, pair),) = iter_paired_moments(now, before, {"up": block.up}, 2**20)
     assert name == "up"
     assert pair.moment.samples == int(mask.sum())
@@ -95,7 +95,7 @@ def test_wide_layers_are_solved_as_others_are() -> None:
     torch.manual_seed(0)
     block, x = Gated().eval(), torch.randn(20, 4, 8)
     layers = linear_layers(block)
-    inputs = BlockInputs(block, block, [x])
+    inputs = BlockInputs.captured(block, block, [x])
     for max_bytes, groups in ((32 * 12 * 8 * 8 * 8, 12), (32 * 12 * 8 * 8 * 8 - 1, 1)):
         before = FloatInputs(block, inputs.calls, nullcontext, layers, 2**20)
         found = dict(iter_paired_moments(inputs, before, layers, max_bytes))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import splitquant_plugins.decoupleq.run as module
+import splitquant_plugins.decoupleq.layer_stage as module
 from splitquant_plugins import DecoupleQPass, SplitQuantPass, UniformGrid, manifest_of
 from splitquant_plugins.decoupleq.model_tuning import model_objective
 from splitquant_plugins.decoupleq.training import Learned

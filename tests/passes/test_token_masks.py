@@ -111,7 +111,7 @@ def test_a_decoder_without_a_mask_counts_all_of_its_tokens(model: EncoderDecoder
 
 def test_replayed_blocks_know_the_masks(model: EncoderDecoder) -> None:
     block = model.blocks[1]
-    inputs = BlockInputs(model, block, [batch(8)])
+    inputs = BlockInputs.captured(model, block, [batch(8)])
     moments = collect_second_moments(inputs, inputs.batches, linear_layers(block))
     samples = {name: moment.samples // 4 for name, moment in moments.items()}
     assert samples == {"query": DECODER_TOKENS, "key": ENCODER_TOKENS, "value": ENCODER_TOKENS, "flat": DECODER_TOKENS}
