@@ -19,6 +19,7 @@ from splitquant_plugins.cli.options import (
     weight_request,
 )
 from splitquant_plugins.cli.recipe_option import recipe_options
+from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.evaluation import tables as report
 
 
@@ -72,12 +73,17 @@ def quantize(
     from splitquant_plugins.evaluation.compare import DECOUPLEQ
     from splitquant_plugins.evaluation.tasks.choose import task_of
     from splitquant_plugins.evaluation.tasks.language_model import head_sentences
+    from splitquant_plugins.evaluation.tasks.text_classification import OWN_TEXT
     from splitquant_plugins.plugins import Plugins
     from splitquant_plugins.streaming.quantize_model import quantize_model
 
     quiet_libraries()
     refuse_inputs_as_output(json_path, model, calibration)
     options = {**untied_for_head(pass_options(**shared), head=head), "seed": seed, "progress": True}
+    if stream and calibration == OWN_TEXT:
+        raise ConfigError(
+            "--calibration self runs the whole model, which --stream never has: write the text before, and give it"
+        )
     task = task_of(model, context=context, head=head)
     solved = decoupleq or {} if method == DECOUPLEQ else None
     row = quantize_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -32,6 +33,7 @@ from splitquant_plugins.plugins import Plugins
 from splitquant_plugins.pretrained.streamed_folder import describe_streamed
 from splitquant_plugins.streaming.layout import empty_skeleton
 from splitquant_plugins.streaming.run import stream_model
+from splitquant_plugins.streaming.stream_solved import stream_solved
 
 TOKENIZER_FILES = (
     "vocab.txt",
@@ -93,21 +95,28 @@ def quantize_model(
     if first is None and solver is None:
         raise ConfigError("split 'none': a plain model is saved by the backend's own tools; choose a splitter")
     refuse_output_folder(output)
-    whole_model = solver is not None or form.method in chosen.calibrated or first is None
+    passes: Any
+    whole_model = form.method in chosen.calibrated or (solver is not None and first is not None)
     if scheduler is not None:
         if stream is False:
             raise ConfigError("a scheduler works on checkpoints that are streamed; leave out --no-stream")
         stream = True
     if stream and whole_model:
-        raise ConfigError("decoupleQ and methods that run calibration data need the whole model; leave out --stream")
+        raise ConfigError(
+            "decoupleQ behind a split, and methods of the backend that run calibration data, need the whole model; "
+            "leave out --stream, or the split with --split none"
+        )
+    if scheduler is not None and solver is not None:
+        raise ConfigError("decoupleQ solves one block after another, on one machine; leave out --scheduler")
     if stream is None:
-        needs_model = whole_model or first is None or first.calibration is not None or first.config.activations
+        needs_model = solver is not None or whole_model or first is None
+        needs_model = needs_model or first.calibration is not None or first.config.activations
         stream = is_sharded(model) and chosen.packer(form) is not None and not needs_model
     if stream:
-        assert first is not None
-        figures = _stream(chosen, model, task, form, first, output, scheduler=scheduler, pretrained=pretrained)
+        passes = first or solver
+        figures = _stream(chosen, model, task, form, passes, output, scheduler=scheduler, pretrained=pretrained)
     else:
-        passes: Any = first if solver is None else solver if first is None else first + solver
+        passes = first if solver is None else solver if first is None else first + solver
         batches = calibration if form.method in chosen.calibrated else None
         figures = _in_memory(
             chosen, task or OtherTextModel(model), form, passes, output, batches, pretrained=pretrained
@@ -195,7 +204,7 @@ def _stream(
     model: str,
     task: Task | None,
     form: WeightFormat,
-    first: SplitQuantPass,
+    passes: SplitQuantPass | DecoupleQPass,
     output: Path,
     *,
     scheduler: str | None,
@@ -206,7 +215,10 @@ def _stream(
         raise InputError(f"{model} is not a folder, and only local checkpoints are streamed; download it first")
     extras = partial(_copy_files, folder)
     ignore = None if task is None else task.stays_float(empty_skeleton(folder)[0])
-    made = stream_model(folder, output, first, chosen, form, ignore=ignore, extras=extras, scheduler=scheduler)
+    if isinstance(passes, DecoupleQPass):
+        made = stream_solved(folder, output, passes, chosen, form, ignore=ignore, extras=extras)
+    else:
+        made = stream_model(folder, output, passes, chosen, form, ignore=ignore, extras=extras, scheduler=scheduler)
     made.manifest.recipe = _recipe(chosen, form, ignore)
     made.manifest.save(output)
     saved = chosen.saved_layers() if pretrained else None
@@ -241,6 +253,10 @@ def _appearing(output: Path) -> Iterator[Path]:
         temporary.mkdir()  # with the permissions that the umask leaves
     try:
         yield temporary
+        allowed = stat.S_IMODE(temporary.stat().st_mode) & 0o666
+        for file in temporary.rglob("*"):  # safetensors makes files that nobody else may read
+            if file.is_file():
+                file.chmod(allowed)
         with _writing(output):
             temporary.replace(output)
     except BaseException:
