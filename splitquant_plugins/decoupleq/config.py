@@ -17,7 +17,7 @@ _DEFAULT_BITS = 2
 # Parts begin so near to the float weight that the rates of whole layers lead away from it.
 _RATE_OF_PARTS = 0.2
 # Keywords of DecoupleQPass that are not of its configuration.
-_OTHER_KEYWORDS = ("calibration", "calibration_bytes", "progress", "resume_dir")
+_OTHER_KEYWORDS = ("calibration", "calibration_bytes", "device", "progress", "resume_dir")
 
 
 class DecoupleQConfig(BaseModel):

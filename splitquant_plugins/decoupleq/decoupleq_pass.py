@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from splitquant_plugins.decoupleq.config import decoupleq_config
+from splitquant_plugins.decoupleq.device import on_device, refuse_missing_device
 from splitquant_plugins.decoupleq.layers import layers_to_solve
 from splitquant_plugins.decoupleq.record import manifest_of_run
 from splitquant_plugins.decoupleq.resume import refuse_file
@@ -36,8 +37,9 @@ class DecoupleQPass(ModelPass):
     Options are those of `DecoupleQConfig`, as keywords; an unknown one is an error that lists them. `calibration`
     are unlabelled batches (dicts of keyword arguments, tuples, tensors, or a function that returns an iterator over
     them); a few hundred inputs do. `resume_dir` keeps finished blocks, from which a run with the same options,
-    weights and batches goes on. `calibration_bytes` limits the statistics held at once, `progress` shows a bar. The
-    manifest is found with `manifest_of(model)`.
+    weights and batches goes on. `calibration_bytes` limits the statistics held at once, `progress` shows a bar. All is
+    computed on `device`, as `"cuda"`, to which the model is moved for that time; None: where the model is. The manifest
+    is found with `manifest_of(model)`.
 
     After a SplitQuantPass the parts of a layer are solved together; they then no longer sum to the float weight,
     but to what serves the layer's outputs best.
@@ -52,6 +54,7 @@ class DecoupleQPass(ModelPass):
         progress: bool = False,
         resume_dir: str | Path | None = None,
         calibration_bytes: int = 2**30,
+        device: str | None = None,
         plugins: Plugins | None = None,
         **options: Any,
     ) -> None:
@@ -67,6 +70,8 @@ class DecoupleQPass(ModelPass):
         self.progress = progress
         self.resume_dir = resume_dir
         self.calibration_bytes = calibration_bytes
+        self.device = None if device is None else str(device)
+        refuse_missing_device(self.device)
         self.config = decoupleq_config(options)
 
     @classmethod
@@ -79,7 +84,8 @@ class DecoupleQPass(ModelPass):
     def options(self) -> dict[str, Any]:
         """Return all keywords but calibration and plugins, as JSON takes them."""
         folder = None if self.resume_dir is None else str(self.resume_dir)
-        own = {"progress": self.progress, "resume_dir": folder, "calibration_bytes": self.calibration_bytes}
+        own: dict[str, Any] = {"progress": self.progress, "resume_dir": folder, "device": self.device}
+        own["calibration_bytes"] = self.calibration_bytes
         return {**self.config.model_dump(mode="json"), **own}
 
     def __repr__(self) -> str:
@@ -104,23 +110,24 @@ class DecoupleQPass(ModelPass):
         _refuse_unfit(model)
         refuse_file(self.resume_dir)
         started = time.perf_counter()
-        layers, kept = layers_to_solve(model, self.config, self.plugins, grid, ignore)
-        run = Run(
-            model,
-            layers,
-            self.config,
-            self.calibration,
-            calibration_bytes=self.calibration_bytes,
-            resume_dir=self.resume_dir,
-            progress=self.progress,
-        )
-        try:
-            # In inference mode torch counts no writes and has no gradients.
-            with restored_on_error(model), evaluating(model), torch.inference_mode(False):
-                run.solve()
-        except BaseException:
-            run.put_back()
-            raise
+        with on_device(model, self.device):
+            layers, kept = layers_to_solve(model, self.config, self.plugins, grid, ignore)
+            run = Run(
+                model,
+                layers,
+                self.config,
+                self.calibration,
+                calibration_bytes=self.calibration_bytes,
+                resume_dir=self.resume_dir,
+                progress=self.progress,
+            )
+            try:
+                # In inference mode torch counts no writes and has no gradients.
+                with restored_on_error(model), evaluating(model), torch.inference_mode(False):
+                    run.solve()
+            except BaseException:
+                run.put_back()
+                raise
         manifest = manifest_of_run(model, self.config, layers, run.records, kept, run.layer_stage.notes)
         manifest.seconds += time.perf_counter() - started
         set_manifest(model, manifest)

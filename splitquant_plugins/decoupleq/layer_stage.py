@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from splitquant_plugins.decoupleq.asymmetric_calibration import (
@@ -90,9 +91,17 @@ class LayerStage:
 
     def _solved(self, name: str, pair: PairedMoments, output_moment: Tensor | None) -> SolvedWeight:
         layer, config = self._layers[name], self._config
-        weight = asymmetric_target(layer.weight(), pair, config.asymmetric_calibration, config.damping)
         moment, options = pair.moment.matrix, config.solve_options()
-        return solve_weight(weight, layer.parts(), moment, layer.grid, options, output_moment=output_moment, name=name)
+        try:
+            weight = asymmetric_target(layer.weight(), pair, config.asymmetric_calibration, config.damping)
+            return solve_weight(
+                weight, layer.parts(), moment, layer.grid, options, output_moment=output_moment, name=name
+            )
+        except torch.linalg.LinAlgError:
+            raise InputError(
+                f"{name}: the second moment of its inputs has no factor with damping={config.damping}; choose a larger "
+                "one, such as 0.01, or give more calibration data"
+            ) from None
 
     def _output_moments(self, title: str, inputs: BlockInputs, before: FloatInputs) -> dict[str, Tensor]:
         """G of those layers whose outputs make up for each other: not of those that are added to the block's anyway."""

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from splitquant_plugins.checkpoints.files import read_json, write_json
+from splitquant_plugins.checkpoints.files import read_json, sha256_of, write_json
 from splitquant_plugins.checkpoints.tensors import read_tensors, write_tensors
 from splitquant_plugins.errors import InputError
 
@@ -28,6 +28,21 @@ def fingerprint(description: Mapping[str, Any], calls: Iterable[Any], tensors: I
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def described(model: nn.Module) -> dict[str, Any]:
+    """What a model computes besides its tensors, as far as its modules say: classes, and attributes such as eps."""
+    plain = (bool, int, float, str, type(None))
+    modules = {
+        name: [
+            type(module).__qualname__,
+            {key: value for key, value in vars(module).items() if isinstance(value, plain) and key != "training"},
+        ]
+        for name, module in model.named_modules()
+    }
+    config: Any = getattr(model, "config", None)
+    said = config.to_dict() if hasattr(config, "to_dict") else None
+    return {"modules": modules, "config": said, "attention": getattr(config, "_attn_implementation", None)}
 
 
 def refuse_file(folder: str | Path | None) -> None:
@@ -57,15 +72,21 @@ class Finished:
                 f"{self.folder} holds blocks that were solved with other options, weights or calibration data; choose "
                 "another resume_dir, or delete it"
             )
-        return read_tensors(self._path(number, "safetensors")), content["records"]
+        path = self._path(number, "safetensors")
+        tensors = read_tensors(path)
+        if content.get("digest") != sha256_of(path):
+            raise InputError(f"{path} is not what was written there; delete the folder")
+        return tensors, content["records"]
 
     def save(self, number: int, tensors: Mapping[str, Tensor], records: Mapping[str, Any]) -> None:
         """Keep a stage; the JSON file is written last, and makes it count."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(self._path(number, "safetensors"), {key: value.contiguous() for key, value in tensors.items()})
-        write_json(self._path(number, "json"), {"fingerprint": self.mark, "records": dict(records)})
+        path = self._path(number, "safetensors")
+        write_tensors(path, {key: value.contiguous() for key, value in tensors.items()})
+        content = {"fingerprint": self.mark, "digest": sha256_of(path), "records": dict(records)}
+        write_json(self._path(number, "json"), content)
 
     def _path(self, number: int, extension: str) -> Path:
         assert self.folder is not None

@@ -24,7 +24,7 @@ from splitquant_plugins.decoupleq.layer_stage import LayerStage
 from splitquant_plugins.decoupleq.layers import LayerToSolve, with_float_weights
 from splitquant_plugins.decoupleq.learned_rounding import learned_parts, relearned
 from splitquant_plugins.decoupleq.model_tuning import model_objective
-from splitquant_plugins.decoupleq.resume import Finished, fingerprint
+from splitquant_plugins.decoupleq.resume import Finished, described, fingerprint
 from splitquant_plugins.decoupleq.solve_weight import SolvedWeight, restored_weight, with_codes
 from splitquant_plugins.decoupleq.training import Learned, Objective, train
 from splitquant_plugins.errors import InputError
@@ -33,6 +33,11 @@ from splitquant_plugins.passes.calibration import Batches, iter_calls
 from splitquant_plugins.passes.token_masks import TokenMasks
 from splitquant_plugins.plugins import version_of
 from splitquant_plugins.progress import track
+
+UNREACHED = (
+    "no layer gets an input that counts from the calibration batches: are these for this model, and do their attention "
+    "masks leave any token?"
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,8 @@ class Run:
         if self.config.tune_model and self.solutions:
             self._tune_model()
             floats.update({name: solution.floats for name, solution in self.solutions.items()})
+        if not floats:
+            raise InputError(UNREACHED)
         for name, parts in floats.items():
             self.layers[name].put(parts, self.twins[name])
         for name in self.layers:
@@ -314,11 +321,15 @@ class Run:
         description: dict[str, Any] = {
             "version": version_of(),
             "options": self.config.model_dump(),
+            "calibration bytes": self.calibration_bytes,
+            "model": described(self.model),
             "stages": [stage.layers for stage in stages],
             "grids": {name: repr(layer.grid) for name, layer in self.layers.items()},
         }
         calls = iter_calls(self.model, self.calibration)
-        return fingerprint(description, calls, self.model.state_dict().values())
+        # Buffers that are in no state dict are the model's too.
+        tensors = itertools.chain(self.model.state_dict().values(), self.model.buffers())
+        return fingerprint(description, calls, tensors)
 
     def put_back(self) -> None:
         """Undo what was trained in place."""

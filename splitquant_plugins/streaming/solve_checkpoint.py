@@ -22,6 +22,7 @@ from splitquant_plugins.decoupleq.layer_stage import LayerStage
 from splitquant_plugins.decoupleq.layers import LayerToSolve, layers_to_solve, with_float_weights
 from splitquant_plugins.decoupleq.record import manifest_of_run
 from splitquant_plugins.decoupleq.resume import Finished, fingerprint
+from splitquant_plugins.decoupleq.run import UNREACHED
 from splitquant_plugins.errors import ConfigError, InputError
 from splitquant_plugins.grid import Grid
 from splitquant_plugins.manifest import Manifest, ValuesRecord
@@ -78,6 +79,11 @@ class _Run:
     ) -> None:
         self.source, self.solved, self.solver, self.config = source, solved, solver, solver.config
         self.model, dtype = empty_skeleton(source.folder, buffers=True)
+        self.device = torch.device(solver.device or "cpu")
+        for module in self.model.modules():
+            module._buffers.update(
+                {key: each.to(self.device) for key, each in module._buffers.items() if each is not None}
+            )
         self.parameters = Parameters(self.model, source, dtype)
         self.parameters.refuse_unused()
         self.blocks = find_blocks(self.model)
@@ -120,6 +126,8 @@ class _Run:
                     kept.drop()
                 behind_solved, behind_float = next_solved, next_float
                 self._forget(self._names_in(name))
+        if not self.records:
+            raise InputError(UNREACHED)
         for name in self.layers:
             reason = "the calibration batches never reach it"
             self.records.setdefault(name, ValuesRecord(action="kept", reason=reason))
@@ -195,7 +203,7 @@ class _Run:
         for name in names:
             source = self.parameters.source_of(name)
             if source not in made:
-                made[source] = self.source.read(source, self.parameters.dtypes[source])
+                made[source] = self.source.read(source, self.parameters.dtypes[source]).to(self.device)
             self._set(name, made[source])
 
     def _forget(self, names: Sequence[str]) -> None:
@@ -224,6 +232,7 @@ class _Run:
         description = {
             "version": version_of(),
             "options": self.config.model_dump(),
+            "calibration bytes": self.solver.calibration_bytes,
             "checkpoint": self.source.fingerprint(),
             "config.json": (self.source.folder / "config.json").read_text("utf-8"),
             "grids": {name: repr(layer.grid) for name, layer in self.layers.items()},

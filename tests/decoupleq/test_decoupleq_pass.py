@@ -267,6 +267,82 @@ def test_a_run_that_was_killed_goes_on(net, batches, plugins, tmp_path, tune, mo
         DecoupleQPass(calibration=batches[1:], **options).apply(copy.deepcopy(net), grid=GRID)
 
 
+def changed_eps(net):
+    net.blocks[0].norm.eps = 1e-2
+
+
+def changed_buffer(net):
+    net.register_buffer("table", torch.ones(2), persistent=False)
+
+
+@pytest.mark.parametrize("change", [changed_eps, changed_buffer, None])
+def test_what_another_model_or_memory_left_is_not_taken(net, batches, plugins, tmp_path, change):
+    options = {**FAST, "plugins": plugins, "resume_dir": tmp_path}
+    DecoupleQPass(calibration=batches, **options).apply(copy.deepcopy(net), grid=GRID)
+    if change is None:
+        options["calibration_bytes"] = 2**20
+    else:
+        change(net)
+    with pytest.raises(InputError, match="other options, weights or calibration"):
+        DecoupleQPass(calibration=batches, **options).apply(net, grid=GRID)
+
+
+def test_a_finished_block_that_was_changed_is_not_taken(net, batches, plugins, tmp_path):
+    options = {**FAST, "plugins": plugins, "resume_dir": tmp_path}
+    DecoupleQPass(calibration=batches, **options).apply(copy.deepcopy(net), grid=GRID)
+    path = tmp_path / "block_0001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"block_0001\.safetensors is not what was written"):
+        DecoupleQPass(calibration=batches, **options).apply(net, grid=GRID)
+
+
+def test_batches_of_nothing_but_padding_are_an_error(plugins):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x, attention_mask=None):
+            return self.linear(x)
+
+    net = Masked()
+    before = weights(net)
+    padding = [{"x": torch.randn(2, 3, 4), "attention_mask": torch.zeros(2, 3)}]
+    with pytest.raises(InputError, match="masks leave any token"):
+        DecoupleQPass(calibration=padding, plugins=plugins, **FAST).apply(net, grid=GRID)
+    assert same(weights(net), before)
+
+
+def test_too_little_damping_names_the_layer(plugins, monkeypatch):
+    def solve(*args, **kwargs):
+        raise torch.linalg.LinAlgError("not positive definite")
+
+    monkeypatch.setattr(module, "solve_weight", solve)
+    with pytest.raises(InputError, match=r"0: the second moment .* damping=0"):
+        DecoupleQPass(calibration=[torch.zeros(1, 4)], damping=0, plugins=plugins)(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_a_device_that_is_not_there_is_an_error(batches, plugins, net):
+    for device in ("cuda:99", "nowhere", "meta"):
+        with pytest.raises(ConfigError, match=f"device='{device}'"):
+            DecoupleQPass(calibration=batches, plugins=plugins, device=device)
+    here = DecoupleQPass(calibration=batches, plugins=plugins, device="cpu", **FAST)
+    there = copy.deepcopy(net)
+    here.apply(net, grid=GRID)
+    DecoupleQPass(calibration=batches, plugins=plugins, **FAST).apply(there, grid=GRID)
+    assert same(weights(net), weights(there))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_all_stages_run_on_another_device(batches, plugins, net):
+    options = {**FAST, "tune_blocks": True, "tune_model": True, "block_steps": 4, "model_steps": 4}
+    DecoupleQPass(calibration=batches, plugins=plugins, device="cuda", **options).apply(net, grid=GRID)
+    assert {parameter.device.type for parameter in net.parameters()} == {"cpu"}
+    assert all(record.values.action == "solved" for record in manifest_of(net).layers if record.values.samples)
+
+
 def test_nan_in_the_calibration_names_the_layer_and_changes_nothing(net, batches, plugins):
     before = weights(net)
     bad = [*batches, {"x": torch.full((2, 6), torch.nan)}]
