@@ -43,6 +43,13 @@ class SplitConfig(BaseModel):
         allow_inf_nan=False,
         description="stored bits per weight over the layers; chooses 1 to 4 parts per layer by gain",
     )
+    objective: Literal["outputs", "predictions"] = Field(
+        "outputs",
+        description="with calibration, what errors are of: a layer's outputs, or as they reach the model's predictions",
+    )
+    objective_groups: int = Field(
+        4, ge=1, le=64, description="for the objective predictions: groups of output channels that weigh differently"
+    )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="for splitters that use one")
 
 

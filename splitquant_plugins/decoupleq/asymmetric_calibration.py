@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.decoupleq.capture import Call, added_to_outputs, output_tensor, replay, rounding_tolerance
+from splitquant_plugins.decoupleq.capture import Call, added_to_outputs, replay, rounding_tolerance
 from splitquant_plugins.decoupleq.gated_layers import gated_layers, gated_moments
 from splitquant_plugins.decoupleq.objective import prepared_moment
 from splitquant_plugins.errors import InputError
@@ -34,6 +34,7 @@ from splitquant_plugins.passes.calibration import (
     out_features,
     plan_passes,
 )
+from splitquant_plugins.passes.outputs import output_tensor
 
 if TYPE_CHECKING:
     from splitquant_plugins.decoupleq.capture import BlockInputs

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.decoupleq.capture import Call, block_outputs, detached, output_tensor
+from splitquant_plugins.decoupleq.capture import Call, block_outputs, detached
 from splitquant_plugins.decoupleq.training import Objective
+from splitquant_plugins.passes.outputs import output_tensor
 
 
 class BlockChain(nn.Module):

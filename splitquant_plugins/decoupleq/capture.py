@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.passes.calibration import Batches, evaluating, iter_calls, naming_batch, only_input
+from splitquant_plugins.passes.outputs import output_tensor
 from splitquant_plugins.passes.token_masks import MaskFinder, TokenMasks
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -143,24 +144,6 @@ def block_outputs(block: nn.Module, inputs: Sequence[Call]) -> list[Tensor]:
 def rounding_tolerance(dtype: torch.dtype) -> float:
     """How far from its exact value a block's arithmetic may leave a value, as a part of the largest."""
     return max(1e-4, 4 * torch.finfo(dtype).eps)
-
-
-def output_tensor(output: Any) -> Tensor:
-    """The tensor that a block's output is compared by: itself, the first of a tuple, or of an HF output."""
-    kind = type(output).__name__
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        output = tuple(output.values())
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        return output[0]
-    raise InputError(f"a block returned {kind}: expected a tensor, or a tuple starting with one")
-
-
-def predictions(output: Any) -> tuple[Tensor, bool]:
-    """The tensor that a model's output is compared by, and whether it is its `logits`."""
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    return (logits, True) if isinstance(logits, Tensor) else (output_tensor(output), False)
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.decoupleq.capture import detached, predictions
+from splitquant_plugins.decoupleq.capture import detached
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.passes.calibration import Batches, evaluating, iter_calls, naming_batch
+from splitquant_plugins.passes.outputs import predictions
 
 # Rows beyond this would make evaluations slower, hardly better.
 _MOST_HELD_OUT = 64

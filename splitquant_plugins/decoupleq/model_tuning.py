@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.decoupleq.capture import Call, predictions
+from splitquant_plugins.decoupleq.capture import Call
 from splitquant_plugins.decoupleq.training import Objective
+from splitquant_plugins.passes.outputs import predictions
 
 
 def model_objective(

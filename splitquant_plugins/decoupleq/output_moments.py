@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from splitquant_plugins.decoupleq.capture import Call, detached, output_tensor
+from splitquant_plugins.decoupleq.capture import Call, detached
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.passes.calibration import CONVOLUTIONS, counted_rows, evaluating, out_features
+from splitquant_plugins.passes.outputs import output_tensor
 from splitquant_plugins.passes.token_masks import TokenMasks
 
 # Rows of outputs (tokens) that are enough; the calls that are looked at for them are spread evenly over all.

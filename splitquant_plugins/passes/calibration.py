@@ -7,7 +7,7 @@ as GPTQ (arXiv 2210.17323) or decoupleQ (arXiv 2404.12759) need of the data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from splitquant_plugins.errors import ConfigError, InputError, SplitQuantError, first_line
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d
-from splitquant_plugins.passes.select import AnyLayer
 from splitquant_plugins.passes.token_masks import MaskFinder, TokenMasks
 
 Batches = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -102,47 +101,6 @@ def iter_second_moments(
             yield name, SecondMoment(mean.matrix, mean.samples)
 
 
-class LayerMoments:
-    """The second moments of layers that are worked on in groups; nothing is read where there are no `batches`.
-
-    A group's matrices, in float32, take at most `max_bytes`, or are those of one layer. Those of a single group are
-    kept, so that the batches are read once however often the layers are gone through; of several groups, one is held
-    at a time.
-    """
-
-    def __init__(self, model: nn.Module, batches: Batches | None, max_bytes: int) -> None:
-        self._model = model
-        self._batches = batches
-        self._max_bytes = max(max_bytes, 1)
-        self._kept: dict[str, Tensor] = {}
-        self._seen: set[str] = set()
-
-    def groups(self, layers: Sequence[AnyLayer]) -> Iterator[tuple[Sequence[AnyLayer], dict[str, Tensor]]]:
-        """Yield groups of layers, in order, with the matrices of those that the batches reach, by name."""
-        if self._batches is None or self._seen.issuperset(layer.name for layer in layers):
-            yield layers, self._kept
-            return
-        by_name = {layer.name: layer for layer in layers}
-        widths = {layer.name: layer.plan.weight[0].numel() for layer in layers}
-        sizes = {name: (layer.plan.groups, widths[name], widths[name]) for name, layer in by_name.items()}
-        groups = plan_passes(sizes, torch.float32.itemsize, self._max_bytes)
-        if len(groups) > 1 and isinstance(self._batches, Iterator):
-            raise InputError(
-                f"calibration: the batches are read {len(groups)} times to keep within calibration_bytes, but they "
-                "are a one-shot iterator; pass a list, a DataLoader, or a function that returns an iterator"
-            )
-        for names in groups:
-            modules = {n: by_name[n].module for n in names if by_name[n].plan.kind in CALIBRATED_KINDS}
-            moments = collect_second_moments(self._model, self._batches, modules, dtype=torch.float32)
-            found = {name: moment.matrix for name, moment in moments.items() if moment.samples}
-            del moments
-            if len(groups) == 1:
-                self._kept, self._seen = found, set(names)
-            yield [by_name[name] for name in names], found
-            if len(groups) > 1:
-                found.clear()
-
-
 def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
     """The rows that a layer multiplies with its weight: [groups, rows, d].
 
@@ -209,11 +167,7 @@ class RunningMean:
             raise InputError(f"{self.name or 'the model'} takes {width} features, and gets {tuple(inputs.shape)}")
         if not isinstance(layer, CONVOLUTIONS):
             inputs = counted_rows(inputs, mask)
-        if not torch.isfinite(inputs).all():
-            raise InputError(
-                f"{self.name}: its calibration inputs contain NaN or infinity; check the batches, or run the "
-                "model in a wider dtype"
-            )
+        refuse_not_finite(self.name, inputs)
         # A chunk is a run of examples: an unfolded image takes kernel-size times its own memory.
         if isinstance(layer, CONVOLUTIONS) and inputs.ndim == layer.weight.ndim - 1:
             inputs = inputs.unsqueeze(0)
@@ -250,6 +204,15 @@ def _observe(model: nn.Module, batches: Batches, means: Mapping[str, RunningMean
             seen = True
     if not seen:
         raise InputError("no calibration batches: the iterable is empty (or a one-shot iterator was used up)")
+
+
+def refuse_not_finite(name: str, inputs: Tensor) -> None:
+    """Raise InputError for NaN or infinity in the calibration inputs of a layer of that name."""
+    if not torch.isfinite(inputs).all():
+        raise InputError(
+            f"{name}: its calibration inputs contain NaN or infinity; check the batches, or run the model in a wider "
+            "dtype"
+        )
 
 
 def only_input(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

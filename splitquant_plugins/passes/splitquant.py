@@ -21,8 +21,9 @@ from splitquant_plugins.modules import SplitModule
 from splitquant_plugins.passes.base import GridRule, ModelPass
 from splitquant_plugins.passes.budget import Candidate, allocate
 from splitquant_plugins.passes.build import build_split, replace_everywhere
-from splitquant_plugins.passes.calibration import Batches, LayerMoments
+from splitquant_plugins.passes.calibration import Batches
 from splitquant_plugins.passes.checks import refuse_unfit_model, refuse_unfit_weights
+from splitquant_plugins.passes.layer_moments import LayerMoments
 from splitquant_plugins.passes.module_tree import restored_on_error
 from splitquant_plugins.passes.record import ignored_record, layer_record, new_manifest, warn_of_harm
 from splitquant_plugins.passes.select import AnyLayer, Layer, select_layers
@@ -160,7 +161,13 @@ class SplitQuantPass(ModelPass):
         With calibration data, layers are taken in groups whose second moments fit into `calibration_bytes`. Splitting
         the groups before keeps the model's outputs, so that all groups see the same inputs.
         """
-        moments = LayerMoments(model, self.calibration, self.calibration_bytes)
+        moments = LayerMoments(
+            model,
+            self.calibration,
+            self.calibration_bytes,
+            objective=self.config.objective,
+            objective_groups=self.config.objective_groups,
+        )
         numbers = self._parts_within_budget(layers, grid, moments)
         for layer in layers:
             if numbers.get(layer.name) == 1:
@@ -232,6 +239,8 @@ class SplitQuantPass(ModelPass):
     def _refuse_missing_grid(self, grid: Grid | GridRule | None) -> None:
         if grid is not None and not callable(grid) and not callable(getattr(grid, "quantize_dequantize", None)):
             raise ConfigError(f"grid={grid!r}: give a Grid such as UniformGrid(4), or a function of a layer's name")
+        if self.config.objective == "predictions" and self.calibration is None:
+            raise ConfigError("objective='predictions' runs calibration data: give calibration=batches")
         if grid is None and self.needs_grid:
             who = "budget" if self.config.budget is not None else f"splitter {self.config.splitter!r}"
             raise ConfigError(

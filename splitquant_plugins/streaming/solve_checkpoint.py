@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from splitquant_plugins.checkpoints.files import write_json
 from splitquant_plugins.checkpoints.source import INDEX_FILE, Source
 from splitquant_plugins.checkpoints.tensors import write_tensors
-from splitquant_plugins.decoupleq.capture import BlockInputs, Call, detached, masks_of, output_tensor
+from splitquant_plugins.decoupleq.capture import BlockInputs, Call, detached, masks_of
 from splitquant_plugins.decoupleq.decoupleq_pass import DecoupleQPass
 from splitquant_plugins.decoupleq.layer_order import find_blocks, stage_of_block
 from splitquant_plugins.decoupleq.layer_stage import LayerStage
@@ -29,6 +29,7 @@ from splitquant_plugins.manifest import Manifest, ValuesRecord
 from splitquant_plugins.passes.base import GridRule
 from splitquant_plugins.passes.calibration import evaluating, iter_calls
 from splitquant_plugins.passes.checks import refuse_unfit_values
+from splitquant_plugins.passes.outputs import output_tensor
 from splitquant_plugins.plugins import version_of
 from splitquant_plugins.progress import track
 from splitquant_plugins.streaming.block_calls import block_calls

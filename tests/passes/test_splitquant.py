@@ -577,7 +577,7 @@ def test_calibration_batches_are_read_once_where_all_statistics_fit(with_splitte
 
 
 def test_statistics_of_several_groups_are_not_held_together(models):
-    from splitquant_plugins.passes.calibration import LayerMoments
+    from splitquant_plugins.passes.layer_moments import LayerMoments
     from splitquant_plugins.passes.select import select_layers
 
     model = models.mlp()

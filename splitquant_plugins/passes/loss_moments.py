@@ -1,0 +1,133 @@
+"""Second moments of layer inputs weighted by what the model's predictions lose: an objective that knows the end.
+
+A change of a layer's outputs by e costs the model's predictions about (gᵀ e)² / 2 in divergence, with g the gradient of
+the log-likelihood of a prediction drawn from the model itself: the mean of g gᵀ is the Fisher information, which is the
+Hessian of that divergence, and needs no labels. With the outputs of a layer taken for independent, and those of a group
+for equally important, a change D of its rows costs tr(D H Dᵀ) with H the mean of s x xᵀ, where s is the mean of the g²
+of the group for the token (GuidedQuant, arXiv 2505.07004). So errors of different layers, too, are in one unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from splitquant_plugins.errors import InputError
+from splitquant_plugins.passes.calibration import (
+    CONVOLUTIONS,
+    Batches,
+    SecondMoment,
+    counted_rows,
+    evaluating,
+    input_rows,
+    iter_calls,
+    moment_shape,
+    naming_batch,
+    only_input,
+    out_features,
+    refuse_not_finite,
+)
+from splitquant_plugins.passes.outputs import predictions
+from splitquant_plugins.passes.token_masks import MaskFinder
+
+
+def collect_loss_moments(
+    model: nn.Module,
+    batches: Batches,
+    layers: Mapping[str, nn.Module],
+    *,
+    groups: int = 1,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, SecondMoment]:
+    """Run the batches through the model, forwards and backwards, and return the weighted moment of every layer.
+
+    `groups`: into so many runs of output channels, each with a weight of its own, a layer is cut, or into fewer, that
+    divide the channels evenly; a grouped convolution has one for each of its own groups. Matrices are [groups, d, d].
+    The outputs of a model without `logits` are taken for means of normal distributions: the cost is their square error.
+    Predictions and directions are drawn with seed 0. Batches as `iter_second_moments` takes them. Raises InputError for
+    NaN, and for a model that computes without gradients.
+    """
+    generator = torch.Generator().manual_seed(0)
+    sums = {name: _WeightedMean(name, layer, groups, dtype) for name, layer in layers.items()}
+    finder, seen = MaskFinder(model), False
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        for number, (args, kwargs) in enumerate(iter_calls(model, batches), start=1):
+            masks = finder.masks(args, kwargs)
+            with naming_batch(number, model), ExitStack() as hooks:
+                calls: list[tuple[_WeightedMean, Tensor, Tensor]] = []
+                for mean in sums.values():
+                    hooks.callback(mean.layer.register_forward_hook(_watching(mean, calls), with_kwargs=True).remove)
+                values, is_logits = predictions(model(*args, **kwargs))
+                if not values.requires_grad:
+                    raise InputError(f"{type(model).__name__} computes without gradients: choose objective='outputs'")
+                counted = counted_rows(values, masks.own)
+                loss = _likelihood(counted, generator) if is_logits else _direction(counted, generator)
+                probes = [probe for *_, probe in calls]
+                gradients = torch.autograd.grad(loss, probes, allow_unused=True)
+                for (mean, inputs, _), gradient in zip(calls, gradients, strict=True):
+                    if gradient is not None:
+                        mean.add(inputs, gradient, masks.of(mean.layer))
+            seen = True
+    if not seen:
+        raise InputError("no calibration batches: the iterable is empty (or a one-shot iterator was used up)")
+    return {name: SecondMoment(mean.matrix, mean.samples) for name, mean in sums.items()}
+
+
+def _likelihood(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Negative log-likelihood of predictions drawn from the model, summed over the rows of logits [n, classes]."""
+    chances = logits.detach().float().softmax(dim=-1).cpu()
+    drawn = torch.multinomial(chances, 1, generator=generator).to(logits.device)
+    return -logits.float().log_softmax(dim=-1).gather(1, drawn).sum()
+
+
+def _direction(values: Tensor, generator: torch.Generator) -> Tensor:
+    """The inner product with random normal numbers, whose gradient has the second moment of the square error's."""
+    return (values.float() * torch.randn(values.shape, generator=generator).to(values.device)).sum()
+
+
+def _watching(mean: _WeightedMean, calls: list[tuple[_WeightedMean, Tensor, Tensor]]) -> Callable[..., Tensor]:
+    """A hook that notes a layer's inputs, and adds zeros to its outputs whose gradient is theirs."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        inputs = only_input(mean.name, args, kwargs).detach().clone()
+        refuse_not_finite(mean.name, inputs)
+        probe = torch.zeros_like(output, requires_grad=True)
+        calls.append((mean, inputs, probe))
+        return output + probe
+
+    return hook
+
+
+class _WeightedMean:
+    """The mean of s x xᵀ over the inputs x of one layer, for each group of its outputs: `matrix` [groups, d, d]."""
+
+    def __init__(self, name: str, layer: nn.Module, groups: int, dtype: torch.dtype) -> None:
+        self.name, self.layer, self.samples = name, layer, 0
+        self._inputs, width, _ = moment_shape(name, layer)
+        outputs = out_features(layer)
+        self._groups = self._inputs if self._inputs > 1 else max(n for n in range(1, groups + 1) if outputs % n == 0)
+        device = next(layer.parameters()).device
+        self.matrix = torch.zeros(self._groups, width, width, dtype=dtype, device=device)
+
+    def add(self, inputs: Tensor, gradient: Tensor, mask: Tensor | None) -> None:
+        """Take in a call: its inputs, and the gradient of its outputs."""
+        if isinstance(self.layer, CONVOLUTIONS):
+            gradient = gradient.movedim(1 - self.layer.weight.ndim, -1)
+            rows, gradients = input_rows(self.layer, inputs), gradient.reshape(-1, gradient.shape[-1])
+        else:
+            rows, gradients = counted_rows(inputs, mask)[None], counted_rows(gradient, mask)
+        if not torch.isfinite(gradients).all():
+            raise InputError(f"{self.name}: the gradients of its outputs contain NaN or infinity; use a wider dtype")
+        weights = gradients.to(self.matrix).square().reshape(len(gradients), self._groups, -1).mean(dim=2)
+        total = self.samples + len(weights)
+        if not total:
+            return
+        for group in range(self._groups):
+            x = rows[group % len(rows)].to(self.matrix)
+            weighted = x * weights[:, group, None]
+            self.matrix[group].addmm_(weighted.T, x, beta=self.samples / total, alpha=1 / total)
+        self.samples = total
