@@ -25,6 +25,7 @@ NAMES = (
     "restricted_grids",
     "causal_lm",
     "two_bits",
+    "solve_checkpoint",
 )
 
 

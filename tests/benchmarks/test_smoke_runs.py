@@ -140,3 +140,13 @@ def test_grid_search() -> None:
     tensor, channel = grid_search.run(smoke=True, runs=1)
     assert channel["parts, dB"] > tensor["parts, dB"]
     assert tensor["parts, dB"] > tensor["plain, dB"]
+
+
+def test_solve_checkpoint() -> None:
+    pytest.importorskip("transformers")
+    import solve_checkpoint
+
+    (row,) = solve_checkpoint.run(smoke=True, layers=2, sequences=2, fast=True, folder=None)
+    assert row["layers"] == 14
+    assert row["error before / after"] > 1
+    assert row["seconds per block"] > 0
