@@ -85,6 +85,11 @@ class WeightOnlyRecipe(PassFirst):
         ignore = [glob.escape(name) for name, _ in model.named_modules() if name and name not in chosen]
         grids = {name: grid_of(config) for name, config in chosen.items()}
         rule = grids.get if any(grids.values()) else None
+        if rule is None and self.first.rounds_to_recipe:
+            raise ConfigError(
+                f"{type(self).plain.__name__} has no linear grid that is known beforehand, and {self.first!r} chooses "
+                "values for one: use RTNConfig, without double quantization and mse search"
+            )
         self.first.apply(model, grid=rule, ignore=ignore)
         own_weights(model, _kinds_of(self), chosen)
         widen_bfloat16(model, chosen)

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 LARGE = 0.005  # of all values of a model; smaller tensors are counted, and not named
 
+LEFT = "the backend left its parts float"
+# Kinds of modules whose stacks are no experts.
+_NO_EXPERTS = ("ParametrizationList",)
+
 
 @dataclass(frozen=True)
 class FloatTensor:
@@ -79,7 +83,8 @@ def coverage(tensors: Sequence[FloatTensor], quantized: Collection[str] | None, 
     total = sum(tensor.values for tensor in tensors)
     split = {name for r in (manifest.split if manifest else ()) for name in (r.name, *r.also_known_as)}
     reasons = {name: str(r.reason) for r in (manifest.kept if manifest else ()) for name in (r.name, *r.also_known_as)}
-    reasons.update(dict.fromkeys(split, "it was split, and the backend left its parts float"))
+    of_split = "it was split, and " + ("no backend has quantized it yet" if quantized is None else LEFT)
+    reasons.update(dict.fromkeys(split, of_split))
     weights = {tensor.name: tensor.owner for tensor in tensors if tensor.name.rpartition(".")[2] == "weight"}
     parts = {name for name, owner in weights.items() if owner in split}
     inside = parts if quantized is None else {name for name, owner in weights.items() if owner in quantized}
@@ -117,7 +122,8 @@ def why(tensor: FloatTensor, reasons: Mapping[str, str]) -> str:
     """Why a tensor stays float."""
     if tensor.is_embedding:
         return "an embedding is looked up and not multiplied; no backend here quantizes it"
-    if len(tensor.shape) == 3 and tensor.shape[0] > 1 and tensor.name.rpartition(".")[2] != "weight":
+    own = tensor.name.rpartition(".")[2]
+    if len(tensor.shape) == 3 and tensor.shape[0] > 1 and own != "weight" and tensor.kind not in _NO_EXPERTS:
         return (
             f"{tensor.kind} keeps the weights of {tensor.shape[0]} experts as one tensor, which is no layer: neither "
             "the pass nor its backends touch it"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from splitquant_plugins.checkpoints.coverage import coverage, float_tensors
 from splitquant_plugins.decoupleq.config import decoupleq_config
 from splitquant_plugins.decoupleq.device import on_device, refuse_missing_device
 from splitquant_plugins.decoupleq.layers import layers_to_solve
@@ -88,6 +89,11 @@ class DecoupleQPass(ModelPass):
         own["calibration_bytes"] = self.calibration_bytes
         return {**self.config.model_dump(mode="json"), **own}
 
+    @property
+    def rounds_to_recipe(self) -> bool:
+        """True: the values lie on the recipe's grid."""
+        return True
+
     def __repr__(self) -> str:
         chosen = self.config.model_dump(exclude_defaults=True)
         return f"DecoupleQPass({', '.join(f'{key}={value!r}' for key, value in chosen.items())})"
@@ -109,7 +115,7 @@ class DecoupleQPass(ModelPass):
         self.refuse_missing_calibration()
         _refuse_unfit(model)
         refuse_file(self.resume_dir)
-        started = time.perf_counter()
+        started, tensors = time.perf_counter(), float_tensors(model)
         with on_device(model, self.device):
             layers, kept = layers_to_solve(model, self.config, self.plugins, grid, ignore)
             run = Run(
@@ -129,6 +135,8 @@ class DecoupleQPass(ModelPass):
                 run.put_back()
                 raise
         manifest = manifest_of_run(model, self.config, layers, run.records, kept, run.layer_stage.notes)
+        if manifest.coverage is None:
+            manifest.coverage = coverage(tensors, None, manifest)
         manifest.seconds += time.perf_counter() - started
         set_manifest(model, manifest)
         for record in manifest.layers:

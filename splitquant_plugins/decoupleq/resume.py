@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from splitquant_plugins.checkpoints.files import read_json, sha256_of, write_json
 from splitquant_plugins.checkpoints.tensors import read_tensors, write_tensors
@@ -20,9 +20,10 @@ from splitquant_plugins.errors import InputError
 
 def fingerprint(description: Mapping[str, Any], calls: Iterable[Any], tensors: Iterable[Tensor] = ()) -> str:
     """Return a hash of options, of the calibration's calls, and of the bytes of tensors."""
-    leaves = [leaf for call in calls for leaf in tree_leaves(call)]
+    paths = [each for call in calls for each in tree_flatten_with_path(call)[0]]
+    leaves = [leaf for _, leaf in paths]
     plain = (bool, int, float, str, type(None))
-    batches = [leaf if isinstance(leaf, plain) else type(leaf).__name__ for leaf in leaves]
+    batches = [[keystr(path), leaf if isinstance(leaf, plain) else type(leaf).__name__] for path, leaf in paths]
     digest = hashlib.sha256(json.dumps({**description, "batches": batches}, sort_keys=True, default=repr).encode())
     for tensor in itertools.chain(tensors, (leaf for leaf in leaves if isinstance(leaf, Tensor))):
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())

@@ -77,6 +77,11 @@ class ModelPass(ABC):
         """Whether a backend that exports the model should run the pass before, on modules."""
         return True
 
+    @property
+    def rounds_to_recipe(self) -> bool:
+        """Whether what the pass makes is of use only for a recipe whose grid is known beforehand."""
+        return False
+
     @abstractmethod
     def apply(self, model: nn.Module, *, grid: Grid | GridRule | None = None, ignore: Sequence[str] = ()) -> nn.Module:
         """Rewrite the model in place and return it.
@@ -118,6 +123,10 @@ class PassSequence(ModelPass):
     @property
     def splits_activations(self) -> bool:
         return any(one.splits_activations for one in self.passes)
+
+    @property
+    def rounds_to_recipe(self) -> bool:
+        return any(one.rounds_to_recipe for one in self.passes)
 
     def apply(self, model: nn.Module, *, grid: Grid | GridRule | None = None, ignore: Sequence[str] = ()) -> nn.Module:
         """Run the passes in order."""

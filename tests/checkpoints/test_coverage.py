@@ -144,7 +144,7 @@ def test_shares_by_hand():
     records = [(each.tensor, each.shape, each.values, each.reason) for each in found.left_float]
     of_no_layer = "no backend quantizes the {} of a Linear"
     assert records == [
-        ("a.bias", (5,), 5, "it was split, and the backend left its parts float"),
+        ("a.bias", (5,), 5, "it was split, and no backend has quantized it yet"),
         ("b.weight", (300,), 300, of_no_layer.format("weight")),
         ("c.inner.weight", (191,), 191, "it is round"),
     ]
@@ -218,3 +218,10 @@ def test_positions_are_no_experts(models):
     assert named["vit.embeddings.position_embeddings"] == (
         "no backend quantizes the position_embeddings of a ViTEmbeddings"
     )
+
+
+def test_a_parametrized_convolution_has_no_experts():
+    model = torch.nn.Sequential(torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(4, 8, 3)))
+    found = coverage(float_tensors(model), (), None)
+    assert len(found.left_float) > 1
+    assert not any("experts" in each.reason for each in found.left_float)

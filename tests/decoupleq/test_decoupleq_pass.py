@@ -287,6 +287,22 @@ def test_what_another_model_or_memory_left_is_not_taken(net, batches, plugins, t
         DecoupleQPass(calibration=batches, **options).apply(net, grid=GRID)
 
 
+def test_what_a_tensor_is_passed_as_counts(plugins, tmp_path):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x=None, y=None):
+            return self.linear(x if y is None else 2 * y)
+
+    net, x = Sum(), torch.randn(9, 4)
+    options = {**FAST, "plugins": plugins, "resume_dir": tmp_path}
+    DecoupleQPass(calibration=[{"x": x}], **options).apply(copy.deepcopy(net), grid=GRID)
+    with pytest.raises(InputError, match="other options, weights or calibration"):
+        DecoupleQPass(calibration=[{"y": x}], **options).apply(net, grid=GRID)
+
+
 def test_a_finished_block_that_was_changed_is_not_taken(net, batches, plugins, tmp_path):
     options = {**FAST, "plugins": plugins, "resume_dir": tmp_path}
     DecoupleQPass(calibration=batches, **options).apply(copy.deepcopy(net), grid=GRID)
@@ -322,6 +338,14 @@ def test_too_little_damping_names_the_layer(plugins, monkeypatch):
     monkeypatch.setattr(module, "solve_weight", solve)
     with pytest.raises(InputError, match=r"0: the second moment .* damping=0"):
         DecoupleQPass(calibration=[torch.zeros(1, 4)], damping=0, plugins=plugins)(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_coverage_names_what_stays_float(batches, plugins, net):
+    DecoupleQPass(calibration=batches, plugins=plugins, **FAST).apply(net, grid=GRID)
+    found = manifest_of(net).coverage
+    assert found.values == sum(parameter.numel() for parameter in net.parameters())
+    assert found.split_share == 0
+    assert found.quantized_share is None
 
 
 def test_a_device_that_is_not_there_is_an_error(batches, plugins, net):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from neural_compressor.torch.quantization import GPTQConfig, HQQConfig, convert, prepare, quantize
+from neural_compressor.torch.quantization import GPTQConfig, HQQConfig, RTNConfig, convert, prepare, quantize
 from splitquant_inc.stored_layers import dequantized
 from torch import nn
 
+from splitquant_plugins import DecoupleQPass
+from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.manifest import manifest_of
 from splitquant_plugins.modules import SplitLinear
 
@@ -96,3 +98,10 @@ def test_layer_options_and_white_list_under_hqq(net, split_pass, quantized):
     assert len(quantized(model)) == 12
     only_head = quantize(net(), split_pass() + HQQConfig(bits=4, group_size=16, white_list=["head"]))
     assert len(quantized(only_head)) == 3
+
+
+def test_decoupleq_is_refused_in_front_of_what_has_no_linear_grid(net, ids):
+    batches = [ids]
+    for recipe in (HQQConfig(bits=2), RTNConfig(bits=2, use_sym=False, use_double_quant=True)):
+        with pytest.raises(ConfigError, match="no linear grid that is known beforehand"):
+            prepare(net(), DecoupleQPass(calibration=batches) + recipe)
