@@ -12,6 +12,7 @@ import torch
 
 from splitquant_plugins.decoupleq.parts import Parts, State
 from splitquant_plugins.decoupleq.short_rows import searched_codes
+from splitquant_plugins.decoupleq.single_scales import alternated
 from splitquant_plugins.decoupleq.solver_grid import Affine
 from splitquant_plugins.errors import ConfigError
 
@@ -59,13 +60,21 @@ def best_state(parts: Parts, options: SolveOptions, near: Affine | None = None) 
     that of rounding to nearest in the min-max range, or with these. With a free zero only the sum of the parts'
     zeros is determined; the first part carries the offset.
     """
-    best, trace = _alternated(parts, options, near)
+    by_row = parts.single_scales and options.rounding == "gptq"
+    best, trace = (_by_row if by_row else _alternated)(parts, options, near)
     short = parts.weight.shape[1] <= options.search_inputs
     if short and parts.k == 1 and parts.grid.granularity == "channel":
         codes = searched_codes(parts.problem, best.codes[0], parts.grid, options.seed)[None]
         best = best.or_better(parts.refitted(parts.state(codes, best.affine)), shared=False)
-        trace.append(best.total)
+        trace.append(min(best.total, trace[-1]))
     return best, trace
+
+
+def _by_row(parts: Parts, options: SolveOptions, near: Affine | None) -> tuple[State, list[float]]:
+    """As `_alternated`, for rows with one scale each."""
+    ranges = [near] if near is not None else [parts.first(shrink) for shrink in (1.0, *_SHRINKS)]
+    codes, affine, trace = alternated(parts.problem, parts.grid, options, ranges)
+    return parts.state(codes[None], affine), trace
 
 
 def _alternated(parts: Parts, options: SolveOptions, near: Affine | None) -> tuple[State, list[float]]:

@@ -29,10 +29,21 @@ class Rows:
         """The second moment's factor, for error feedback."""
         return Factor.of(self.moment)
 
+    @cached_property
+    def column_sums(self) -> Tensor:
+        """Those of the second moment, [d]."""
+        return self.moment.sum(dim=0)
+
     def of(self, weight: Tensor) -> Rows:
         """Other rows that see the same inputs."""
         rows = Rows(weight, self.moment)
-        rows.__dict__["factor"] = self.factor
+        rows.__dict__.update(factor=self.factor, column_sums=self.column_sums)
+        return rows
+
+    def some(self, index: Tensor | slice) -> Rows:
+        """Some of the rows."""
+        rows = self.of(self.weight[index])
+        rows.__dict__["weighted"] = self.weighted[index]
         return rows
 
     @cached_property

@@ -76,6 +76,11 @@ class Parts:
         # [sums, k]: every choice of k codes.
         self.combinations = torch.cartesian_prod(*[codes] * k).reshape(-1, k)
 
+    @property
+    def single_scales(self) -> bool:
+        """Whether there is one part, in which each row has one scale."""
+        return self.k == 1 and self.grid.granularity == "channel"
+
     def affine_of(self, affine: Affine, part: int) -> Affine:
         """Scales and zeros of one part."""
         scale, zero = affine.scale.chunk(self.k, dim=1), affine.zero.chunk(self.k, dim=1)

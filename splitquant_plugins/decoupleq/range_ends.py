@@ -10,6 +10,7 @@ from torch import Tensor
 
 from splitquant_plugins.compiled import compiled
 from splitquant_plugins.decoupleq.parts import Parts, State
+from splitquant_plugins.decoupleq.single_scales import with_ends
 from splitquant_plugins.parallel import in_threads
 from splitquant_plugins.solvers.sums import cheapest_with, digits_of_others, sums_of_others
 
@@ -28,6 +29,9 @@ def with_range_ends(parts: Parts, state: State) -> State:
     Missing ends are put where they raise the error least; then the other codes, scales and zeros adapt. Groups
     too small for their ends go without.
     """
+    if parts.single_scales:
+        codes, affine = with_ends(parts.problem, parts.grid, parts.options.sweeps, state.codes[0], state.affine)
+        return parts.state(codes[None], affine)
     best: State | None = None
     for _ in range(_ROUNDS):
         pinned, frozen = _pinned(parts, state)

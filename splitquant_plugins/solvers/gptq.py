@@ -60,7 +60,7 @@ class Levels:
         """Places of the levels nearest to weights [rows, d], among those that can stand for them; int32."""
         target = _float64(weights)
         places = np.empty(target.shape, np.int32)
-        _over_rows(_find_nearest, (target, places), (*self.arrays(), self.even))
+        over_rows(_find_nearest, (target, places), (*self.arrays(), self.even))
         return torch.from_numpy(places).to(weights.device)
 
     def arrays(self) -> tuple[Array, Array, Array, Array]:
@@ -103,8 +103,17 @@ def feedback(weights: Tensor, factor: Factor, levels: Levels) -> Tensor:
         block = slice(start, start + _BLOCK)
         aims = torch.addmm(ordered[:, block], error[:, :start], upper[:start, block], alpha=-1)
         given = columns[block], known[block, block], *lists, levels.even
-        _over_rows(_feed_back, (aims.numpy(), target, places, error.numpy()[:, block]), given)
+        over_rows(_feed_back, (aims.numpy(), target, places, error.numpy()[:, block]), given)
     return torch.from_numpy(places).to(weights.device)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """What coordinate descent ends with, in arrays [rows, d]: places (int32), their errors, and these times H."""
+
+    places: Array
+    error: Array
+    gradient: Array
 
 
 def descend(
@@ -115,18 +124,25 @@ def descend(
     Places where the mask `frozen` [rows, d] is true stay. Ends early when a sweep changes nothing.
     Beyond the paper: it repairs what one pass of rounding in a fixed order cannot see.
     """
+    return torch.from_numpy(descent(weights, moment, places, levels, sweeps, frozen).places).to(places.device)
+
+
+def descent(
+    weights: Tensor, moment: Tensor, places: Tensor, levels: Levels, sweeps: int, frozen: Tensor | None = None
+) -> Descent:
+    """As `descend`, with all that is known in the end."""
     target, lists = _float64(weights), levels.arrays()
     error = (levels.values(places).cpu() - torch.from_numpy(target)).contiguous()
     gradient = (error @ moment.double().cpu()).numpy()
     found = places.to(torch.int32, copy=True).cpu().contiguous().numpy()
     fixed = np.zeros(target.shape, np.bool_) if frozen is None else frozen.cpu().contiguous().numpy()
     given = _float64(moment), *lists, levels.even, sweeps
-    _over_rows(_descend, (gradient, error.numpy(), fixed, target, found), given)
-    return torch.from_numpy(found).to(places.device)
+    over_rows(descend_rows, (gradient, error.numpy(), fixed, target, found), given)
+    return Descent(found, error.numpy(), gradient)
 
 
-def _over_rows(loop: Callable[..., None], arrays: Sequence[Array], given: Sequence[Any]) -> None:
-    """Run a compiled loop on runs of rows of the arrays, in threads where these are long."""
+def over_rows(loop: Callable[..., None], arrays: Sequence[Array], given: Sequence[Any]) -> None:
+    """Run a compiled loop on runs of rows of the arrays, the first [rows, d], in threads where these are long."""
     number, width = arrays[0].shape
     step = max(_ROWS, CHUNK // max(width, 1))
     runs = [slice(at, min(at + step, number)) for at in range(0, number, step)]
@@ -204,7 +220,7 @@ def _feed_back(
 
 
 @compiled
-def _descend(
+def descend_rows(
     first: int,
     gradient: Array,
     error: Array,
