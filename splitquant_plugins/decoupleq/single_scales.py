@@ -14,7 +14,7 @@ from torch import Tensor
 
 from splitquant_plugins.compiled import compiled
 from splitquant_plugins.decoupleq.solver_grid import Affine
-from splitquant_plugins.solvers.gptq import Levels, descend_rows, descent, feedback, over_rows
+from splitquant_plugins.solvers.gptq import Levels, descend_row, descent, feedback, over_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -301,17 +301,16 @@ def _hold_ends(
 ) -> None:
     """Put missing `ends` [ends, codes] where they cost least; then codes, scales and zeros adapt, a few times over."""
     width = places.shape[1]
-    frozen = np.empty((1, width), np.bool_)
-    table, none, line = np.empty((1, 2)), np.empty((0, 0)), np.zeros((1, width), np.int32)
+    frozen, diagonal = np.empty(width, np.bool_), np.diag(moment).copy()
+    table, none, line = np.empty((1, 2)), np.empty((0, 0)), np.zeros(width, np.int32)
     best = np.empty(width, np.int32)
     for r in range(len(places)):
         least, found = np.inf, (scale[r], zero[r])
-        row = slice(r, r + 1)
         for _ in range(_ROUNDS):
-            _pin(places[r], error[r], gradient[r], frozen[0], scale[r], zero[r], moment, lowest, ends, integer)
+            _pin(places[r], error[r], gradient[r], frozen, scale[r], zero[r], moment, lowest, ends, integer)
             table[0, 0], table[0, 1] = zero[r] + lowest * scale[r], scale[r]
-            descend_rows(
-                *(0, gradient[row], error[row], frozen, target[row], places[row], moment),
+            descend_row(
+                *(gradient[r], error[r], frozen, target[r], places[r], moment, diagonal),
                 *(table, line, none, none, even, sweeps),
             )
             now = _product(error[r], gradient[r])

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # Columns whose errors are fed back one by one; those of a block before come in one matrix product.
 _BLOCK = 128
-# Rows that share a pass over H while it is in the cache.
+# Rows that a thread takes at least.
 _ROWS = 8
 
 
@@ -98,12 +98,14 @@ def feedback(weights: Tensor, factor: Factor, levels: Levels) -> Tensor:
     target, lists = _float64(weights), levels.arrays()
     ordered, upper = torch.from_numpy(target)[:, factor.order], factor.upper
     places, columns, known = np.empty(target.shape, np.int32), factor.order.numpy(), upper.numpy()
-    error = torch.zeros(target.shape, dtype=torch.float64)
+    error = torch.empty(target.shape, dtype=torch.float64)
     for start in range(0, len(upper), _BLOCK):
         block = slice(start, start + _BLOCK)
         aims = torch.addmm(ordered[:, block], error[:, :start], upper[:start, block], alpha=-1)
-        given = columns[block], known[block, block], *lists, levels.even
-        over_rows(_feed_back, (aims.numpy(), target, places, error.numpy()[:, block]), given)
+        given = columns[block], np.ascontiguousarray(known[block, block]), *lists, levels.even
+        off = np.empty(aims.shape)
+        over_rows(_feed_back, (aims.numpy(), target, places, off), given)
+        error[:, block] = torch.from_numpy(off)
     return torch.from_numpy(places).to(weights.device)
 
 
@@ -137,7 +139,7 @@ def descent(
     found = places.to(torch.int32, copy=True).cpu().contiguous().numpy()
     fixed = np.zeros(target.shape, np.bool_) if frozen is None else frozen.cpu().contiguous().numpy()
     given = _float64(moment), *lists, levels.even, sweeps
-    over_rows(descend_rows, (gradient, error.numpy(), fixed, target, found), given)
+    over_rows(_descend_rows, (gradient, error.numpy(), fixed, target, found), given)
     return Descent(found, error.numpy(), gradient)
 
 
@@ -155,12 +157,17 @@ def _float64(values: Tensor) -> Array:
 
 
 @compiled
-def _place(aim: float, weight: float, t: int, table: Array, low: Array, high: Array, even: int) -> int:
+def _even_place(aim: float, lowest: float, step: float, even: int) -> float:
+    """The level nearest to `aim` of evenly spaced ones; the lowest where that is no number."""
+    near = np.rint((aim - lowest) / step)
+    near = near if near > 0.0 else 0.0
+    return near if near < even - 1.0 else even - 1.0
+
+
+@compiled
+def _place(aim: float, weight: float, t: int, table: Array, low: Array, high: Array) -> int:
     """The level nearest to `aim` of those in line t of the table that can stand for the weight."""
     line = table[t]
-    if even > 0:
-        near = np.rint((aim - line[0]) / line[1])
-        return int(min(near, even - 1.0)) if near > 0 else 0  # no number is not above 0
     place = nearest_level(aim, line)
     if len(low) == 0 or low[t, place] <= weight <= high[t, place]:
         return place
@@ -178,17 +185,16 @@ def _place(aim: float, weight: float, t: int, table: Array, low: Array, high: Ar
 
 
 @compiled
-def _level(place: int, t: int, table: Array, even: int) -> float:
-    return table[t, 0] + place * table[t, 1] if even > 0 else table[t, place]
-
-
-@compiled
 def _find_nearest(
     first: int, target: Array, places: Array, table: Array, table_of: Array, low: Array, high: Array, even: int
 ) -> None:
     for r in range(len(target)):
         for i in range(target.shape[1]):
-            places[r, i] = _place(target[r, i], target[r, i], table_of[first + r, i], table, low, high, even)
+            aim, t = target[r, i], table_of[first + r, i]
+            if even > 0:
+                places[r, i] = np.int32(_even_place(aim, table[t, 0], table[t, 1], even))
+            else:
+                places[r, i] = _place(aim, aim, t, table, low, high)
 
 
 @compiled
@@ -207,20 +213,71 @@ def _feed_back(
     even: int,
 ) -> None:
     """Places and errors of a block of `columns` [b] that should become `aims` [rows, b], which are used up."""
+    # Even levels stay clear of the call of `_place`, whose many arguments take longer than all else here.
     for r in range(len(aims)):
-        aim = aims[r]
+        aim, weights, lines = aims[r], target[r], table_of[first + r]
         for i in range(len(columns)):
-            weight, t = target[r, columns[i]], table_of[first + r, columns[i]]
-            place = _place(aim[i], weight, t, table, low, high, even)
-            off = _level(place, t, table, even) - weight
-            places[r, columns[i]] = place
+            column = columns[i]
+            t = lines[column]
+            if even > 0:
+                place = _even_place(aim[i], table[t, 0], table[t, 1], even)
+                places[r, column] = np.int32(place)
+                off = table[t, 0] + place * table[t, 1] - weights[column]
+            else:
+                at = _place(aim[i], weights[column], t, table, low, high)
+                places[r, column] = at
+                off = table[t, at] - weights[column]
             error[r, i] = off
-            for j in range(i + 1, len(columns)):
-                aim[j] -= off * factor[i, j]
+            rest, line = aim[i + 1 :], factor[i, i + 1 :]
+            for j in range(len(rest)):
+                rest[j] -= off * line[j]
 
 
 @compiled
-def descend_rows(
+def descend_row(
+    slope: Array,
+    off: Array,
+    frozen: Array,
+    weights: Array,
+    places: Array,
+    moment: Array,
+    diagonal: Array,
+    table: Array,
+    table_of: Array,
+    low: Array,
+    high: Array,
+    even: int,
+    sweeps: int,
+) -> None:
+    """Change the places of a row [d], and with them its error and its slope, error H, until no single change helps."""
+    for _ in range(sweeps):
+        changed = False
+        for i in range(len(places)):
+            if frozen[i]:
+                continue
+            t = table_of[i]
+            aim = weights[i] + off[i] - slope[i] / diagonal[i]
+            if even > 0:
+                near = _even_place(aim, table[t, 0], table[t, 1], even)
+                place = np.int32(near)
+                level = table[t, 0] + near * table[t, 1]
+            else:
+                place = np.int32(_place(aim, weights[i], t, table, low, high))
+                level = table[t, place]
+            if place != places[i]:
+                step = level - weights[i] - off[i]
+                places[i] = place
+                off[i] += step
+                changed = True
+                line = moment[i]
+                for j in range(len(slope)):
+                    slope[j] += step * line[j]
+        if not changed:
+            return
+
+
+@compiled
+def _descend_rows(
     first: int,
     gradient: Array,
     error: Array,
@@ -235,24 +292,10 @@ def descend_rows(
     even: int,
     sweeps: int,
 ) -> None:
-    """Change places, and with them `error` [rows, d] and `gradient` = error H, until no single change helps."""
-    for start in range(0, len(target), _ROWS):
-        for _ in range(sweeps):
-            changed = False
-            for i in range(target.shape[1]):
-                for r in range(start, min(start + _ROWS, len(target))):
-                    if frozen[r, i]:
-                        continue
-                    weight, t = target[r, i], table_of[first + r, i]
-                    aim = weight + error[r, i] - gradient[r, i] / moment[i, i]
-                    place = _place(aim, weight, t, table, low, high, even)
-                    if place == places[r, i]:
-                        continue
-                    step = _level(place, t, table, even) - weight - error[r, i]
-                    places[r, i] = place
-                    error[r, i] += step
-                    changed = True
-                    for j in range(target.shape[1]):
-                        gradient[r, j] += step * moment[i, j]
-            if not changed:
-                break
+    """As `descend_row`, for rows [rows, d]."""
+    diagonal = np.diag(moment).copy()
+    for r in range(len(target)):
+        descend_row(
+            *(gradient[r], error[r], frozen[r], target[r], places[r], moment, diagonal),
+            *(table, table_of[first + r], low, high, even, sweeps),
+        )
