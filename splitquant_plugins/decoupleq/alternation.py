@@ -87,14 +87,21 @@ def _alternated(parts: Parts, options: SolveOptions, near: Affine | None) -> tup
     found = best.affine
     for factor in options.starts:
         current = parts.nearest(Affine(found.scale * factor, found.zero * factor))
+        active, rows = parts, torch.arange(len(parts.weight), device=parts.weight.device)
         for _ in range(options.rounds):
-            improved = _step(parts, current)
-            moved = int((improved.errors < current.errors).sum())
+            improved = _step(active, current)
+            moved = improved.errors < current.errors
             current = improved
-            best = best.or_better(current, shared)
+            best = (
+                best.or_better(current, shared)
+                if shared
+                else best.put(rows, best.some(rows).or_better(current, shared))
+            )
             trace.append(best.total)
-            if moved <= options.tolerance * len(current.errors):
+            if int(moved.sum()) <= options.tolerance * len(parts.weight):
                 break
+            if not shared:  # a row that did not improve comes to the same answer again
+                active, rows, current = active.some(moved), rows[moved], current.some(moved)
     return best, trace
 
 

@@ -35,13 +35,14 @@ def with_coupled_rows(solver: Parts, state: State, output_moment: Tensor) -> Sta
     coupling = _damped(output_moment).to(problem.weight)
     options = replace(solver.options, starts=solver.options.starts[:1])
     off = torch.stack(solver.values(state.codes, state.affine)).sum(dim=0) - problem.weight
+    codes, scale, zero = state.codes.clone(), state.affine.scale.clone(), state.affine.zero.clone()
     runs = max(2, min(_RUNS, len(off) // _ROWS))
     for first in range(min(runs, len(off))):
         rows = torch.arange(first, len(off), runs, device=off.device)
         others = coupling[rows].index_fill(1, rows, 0.0)
         wanted = problem.weight[rows] - (others @ off) / coupling[rows, rows][:, None]
         part = Parts([problem.of(wanted)], solver.grid, solver.k, options)
-        near = Affine(state.affine.scale[rows], state.affine.zero[rows])
+        near = Affine(scale[rows], zero[rows])
         found = with_range_ends(part, best_state(part, options, near)[0])
         change = torch.stack(part.values(found.codes, found.affine)).sum(dim=0) - problem.weight[rows] - off[rows]
         # The error of the sum D + C is that of D, plus 2 tr(G D H Cᵀ) + tr(G C H Cᵀ).
@@ -49,10 +50,8 @@ def with_coupled_rows(solver: Parts, state: State, output_moment: Tensor) -> Sta
         gained = 2 * (coupling[rows] @ off * seen).sum() + (coupling[rows][:, rows] @ change * seen).sum()
         if gained < 0:
             off[rows] += change
-            codes, scale, zero = state.codes.clone(), state.affine.scale.clone(), state.affine.zero.clone()
             codes[:, rows], scale[rows], zero[rows] = found.codes, found.affine.scale, found.affine.zero
-            state = solver.state(codes, Affine(scale, zero))
-    return state
+    return solver.state(codes, Affine(scale, zero))
 
 
 def coupled_error(solver: Parts, values: Tensor, output_moment: Tensor) -> float:

@@ -19,7 +19,7 @@ from splitquant_plugins.decoupleq.objective import Rows, problem_errors
 from splitquant_plugins.decoupleq.projected_descent import projected_codes
 from splitquant_plugins.decoupleq.scales_and_zeros import fit_affine
 from splitquant_plugins.decoupleq.solver_grid import Affine, SolverGrid, group_ranges
-from splitquant_plugins.solvers.gptq import Levels, descend, feedback
+from splitquant_plugins.solvers.gptq import Descent, Levels, descent, feedback
 from splitquant_plugins.solvers.sums import sums_of_groups
 
 if TYPE_CHECKING:
@@ -45,6 +45,16 @@ class State:
     def total(self) -> float:
         """The error of all rows."""
         return float(self.errors.sum())
+
+    def some(self, rows: Tensor) -> State:
+        """Some of the rows, each with scales of its own."""
+        return State(self.codes[:, rows], Affine(self.affine.scale[rows], self.affine.zero[rows]), self.errors[rows])
+
+    def put(self, rows: Tensor, other: State) -> State:
+        """With other rows in the place of some."""
+        codes, scale, zero = self.codes.clone(), self.affine.scale.clone(), self.affine.zero.clone()
+        codes[:, rows], scale[rows], zero[rows] = other.codes, other.affine.scale, other.affine.zero
+        return State(codes, Affine(scale, zero), self.errors.index_put((rows,), other.errors))
 
     def or_better(self, other: State, shared: bool) -> State:
         """Row by row the better one; as a whole where the rows share their scale."""
@@ -80,6 +90,12 @@ class Parts:
     def single_scales(self) -> bool:
         """Whether there is one part, in which each row has one scale."""
         return self.k == 1 and self.grid.granularity == "channel"
+
+    def some(self, taken: Tensor) -> Parts:
+        """Some of the rows, as the mask [out] says."""
+        masks = torch.split(taken, [len(rows.weight) for rows in self.problem])
+        problem = [rows.some(mask) for rows, mask in zip(self.problem, masks, strict=True) if bool(mask.any())]
+        return Parts(problem, self.grid, self.k, self.options)
 
     def affine_of(self, affine: Affine, part: int) -> Affine:
         """Scales and zeros of one part."""
@@ -121,17 +137,17 @@ class Parts:
 
     def nearest(self, affine: Affine) -> State:
         """Rounding to the nearest sums."""
-        return self._chosen(affine, lambda rows, levels, _: levels.nearest(rows.weight))
+        return self._chosen(affine, lambda rows, levels, _: (levels.nearest(rows.weight), None))
 
     def rounded(self, affine: Affine) -> State:
         """Codes that take H into account."""
 
-        def choose(rows: Rows, levels: Levels, _: slice) -> Tensor:
+        def choose(rows: Rows, levels: Levels, _: slice) -> tuple[Tensor, Tensor | None]:
             if self.options.rounding == "projected" and self.k == 1:
                 places = projected_codes(rows.weight, rows.moment, levels)
             else:
                 places = feedback(rows.weight, rows.factor, levels)
-            return descend(rows.weight, rows.moment, places, levels, self.options.sweeps)
+            return _with_errors(descent(rows.weight, rows.moment, places, levels, self.options.sweeps), rows)
 
         return self._chosen(affine, choose)
 
@@ -148,24 +164,30 @@ class Parts:
         # Which place each sum has got.
         places = order.argsort(dim=1)[levels.table_of.long(), number.long()] if self.k > 1 else number
 
-        def choose(rows: Rows, levels: Levels, here: slice) -> Tensor:
-            return descend(rows.weight, rows.moment, places[here], levels, self.options.sweeps, frozen[here])
+        def choose(rows: Rows, levels: Levels, here: slice) -> tuple[Tensor, Tensor | None]:
+            found = descent(rows.weight, rows.moment, places[here], levels, self.options.sweeps, frozen[here])
+            return _with_errors(found, rows)
 
         return self._chosen(state.affine, choose)
 
-    def _chosen(self, affine: Affine, choose: Callable[[Rows, Levels, slice], Tensor]) -> State:
-        """The state of the places [rows, d] that `choose` takes among the levels of each run of rows."""
+    def _chosen(self, affine: Affine, choose: Callable[[Rows, Levels, slice], tuple[Tensor, Tensor | None]]) -> State:
+        """The state of the places [rows, d] that `choose` takes among the levels of each run of rows.
+
+        Where it knows their errors [rows], these are not found again.
+        """
         levels, order = self._sums(affine)
         found, start = [], 0
         for rows in self.problem:
             here = slice(start, start + len(rows.weight))
             found.append(choose(rows, replace(levels, table_of=levels.table_of[here]), here))
             start = here.stop
-        places = torch.cat(found)
+        places = torch.cat([each for each, _ in found])
+        errors = [known for _, known in found if known is not None]
         if self.k == 1:
-            return self.state(places[None].double() + self.grid.quant_min, affine)
-        numbers = order[levels.table_of.long(), places.long()]
-        return self.state(self.combinations[numbers].permute(2, 0, 1), affine)
+            codes = places[None].double() + self.grid.quant_min
+        else:
+            codes = self.combinations[order[levels.table_of.long(), places.long()]].permute(2, 0, 1)
+        return State(codes, affine, torch.cat(errors)) if errors else self.state(codes, affine)
 
     def _sums(self, affine: Affine) -> tuple[Levels, Tensor]:
         """What each weight may be rounded to, and which of the `combinations` each sum [tables, sums] is of."""
@@ -182,3 +204,9 @@ class Parts:
         sums_of_groups(codes, scale.cpu().contiguous().numpy(), zero.cpu().contiguous().numpy(), sums, order)
         device = scale.device
         return Levels(torch.from_numpy(sums).to(device), self._table_of), torch.from_numpy(order).to(device)
+
+
+def _with_errors(found: Descent, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Places [rows, d] and the errors [rows] of what coordinate descent ended with."""
+    errors = np.einsum("ri,ri->r", found.error, found.gradient).clip(min=0)
+    return torch.from_numpy(found.places).to(rows.weight.device), torch.from_numpy(errors).to(rows.weight)

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from splitquant_plugins.compiled import compiled
 from splitquant_plugins.decoupleq.objective import Rows
 from splitquant_plugins.decoupleq.solver_grid import Affine, SolverGrid
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
 
 # Relative to a diagonal of ones; only matters where the system is singular (a group with a single code).
 _RIDGE = 1e-11
@@ -97,24 +105,11 @@ def _fit_free(sums: _Sums, current: Affine) -> Affine:
 
 def _fit_zero_points(sums: _Sums, current: Affine, candidates: tuple[int, ...]) -> Affine:
     """One sweep over the groups, each choosing its zero point given the others, then all scales together."""
-    scale = current.scale.clone()
-    point = torch.round(-current.zero / scale)
-    for group in range(scale.shape[1]):
-        others = scale.clone()
-        others[:, group] = 0
-        best = torch.zeros_like(scale[:, group])
-        for candidate in candidates:
-            # The group's values are s (q - candidate e); what the other groups leave of the weights is fitted.
-            qq, qe, ee = (each[:, :, group] for each in (sums.qq, sums.qe, sums.ee))
-            norm = qq[:, group] - 2 * candidate * qe[:, group] + candidate**2 * ee[:, group]
-            cross = sums.qq[:, group] - point * sums.qe[:, group] - candidate * (qe - point * ee)
-            target = sums.wq[:, group] - candidate * sums.we[:, group] - (cross * others).sum(dim=1)
-            usable = (norm > 0) & (target > 0)
-            gain = torch.where(usable, target.square() / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
-            better = gain > best
-            best = torch.where(better, gain, best)
-            scale[:, group] = torch.where(better, target / norm, scale[:, group])
-            point[:, group] = torch.where(better, candidate, point[:, group])
+    start = current.scale, torch.round(-current.zero / current.scale)
+    scale, point = (each.detach().cpu().clone(memory_format=torch.contiguous_format) for each in start)
+    known = (each.cpu().contiguous().numpy() for each in (sums.qq, sums.qe, sums.ee, sums.wq, sums.we))
+    _choose_points(*known, np.array(candidates, np.float64), scale.numpy(), point.numpy())
+    scale, point = (each.to(current.scale.device) for each in (scale, point))
     if scale.shape[1] > 1:
         rows, columns = point[:, :, None], point[:, None, :]
         system = sums.qq - columns * sums.qe - rows * sums.qe.mT + rows * columns * sums.ee
@@ -131,3 +126,26 @@ def _solve(system: Tensor, right: Tensor, start: Tensor) -> Tensor:
     scaled.diagonal(dim1=1, dim2=2).add_(_RIDGE)
     residual = (right - (system @ start[:, :, None]).squeeze(2)) / norm
     return start + torch.linalg.solve(scaled, residual) / norm
+
+
+@compiled
+def _choose_points(
+    qq: Array, qe: Array, ee: Array, wq: Array, we: Array, candidates: Array, scale: Array, point: Array
+) -> None:
+    """Let each group choose its zero point and scale [rows, C] given those of the others, in place."""
+    for r in range(len(scale)):
+        scales, points = scale[r], point[r]
+        for group in range(len(scales)):
+            # The group's values are s (q - candidate e); what the other groups leave of the weights is fitted.
+            codes, ones = wq[r, group], we[r, group]
+            for h in range(len(scales)):
+                if h != group:
+                    codes -= (qq[r, group, h] - points[h] * qe[r, group, h]) * scales[h]
+                    ones -= (qe[r, h, group] - points[h] * ee[r, h, group]) * scales[h]
+            best = 0.0
+            for candidate in candidates:
+                norm = qq[r, group, group] - 2 * candidate * qe[r, group, group] + candidate**2 * ee[r, group, group]
+                target = codes - candidate * ones
+                if norm > 0 and target > 0 and target / norm * target > best:
+                    best = target / norm * target
+                    scales[group], points[group] = target / norm, candidate
