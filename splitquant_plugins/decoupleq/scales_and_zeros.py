@@ -75,8 +75,9 @@ class _Sums:
         e_moment = indicator.T @ moment  # [groups, d]
         qq = moment.new_empty(number, parts, count, parts, count)
         qe = moment.new_empty(number, parts, count, parts, count)
+        width = grid.group_size or columns
         for group in range(count):
-            inside = group_of_column == group
+            inside = slice(group * width, (group + 1) * width)
             for part in range(parts):
                 ahead = codes[part][:, inside] @ moment[inside]
                 qq[:, part, group] = torch.stack([(ahead * other) @ indicator for other in codes], dim=1)

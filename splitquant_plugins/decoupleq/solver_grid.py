@@ -110,6 +110,8 @@ class Affine:
 
     def values(self, codes: Tensor, group_of_column: Tensor) -> Tensor:
         """The weights that codes [rows, columns] stand for."""
+        if self.scale.shape[1] == 1:
+            return codes * self.scale + self.zero
         return codes * self.scale[:, group_of_column] + self.zero[:, group_of_column]
 
     def where(self, rows: Tensor, other: Affine) -> Affine:
