@@ -9,21 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from splitquant_plugins.compiled import compiled
 from splitquant_plugins.decoupleq.objective import Rows, problem_errors
 from splitquant_plugins.decoupleq.projected_descent import projected_codes
 from splitquant_plugins.decoupleq.scales_and_zeros import fit_affine
 from splitquant_plugins.decoupleq.solver_grid import Affine, SolverGrid, group_ranges
-from splitquant_plugins.solvers.gptq import Descent, Levels, descent, feedback
+from splitquant_plugins.solvers.gptq import Descent, Levels, descent, feedback, over_rows
 from splitquant_plugins.solvers.sums import sums_of_groups
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from splitquant_plugins.decoupleq.alternation import SolveOptions
+
+    Array = NDArray[Any]
 
 _MOST_SUMS = 4096
 
@@ -186,7 +191,10 @@ class Parts:
         if self.k == 1:
             codes = places[None].double() + self.grid.quant_min
         else:
-            codes = self.combinations[order[levels.table_of.long(), places.long()]].permute(2, 0, 1)
+            codes = torch.empty(self.k, *places.shape, dtype=torch.float64)
+            given = self.combinations.cpu().numpy(), order.cpu().numpy(), levels.table_of.cpu().numpy()
+            over_rows(_find_codes, (places.cpu().numpy(),), (*given, codes.numpy()))
+            codes = codes.to(places.device)
         return State(codes, affine, torch.cat(errors)) if errors else self.state(codes, affine)
 
     def _sums(self, affine: Affine) -> tuple[Levels, Tensor]:
@@ -204,6 +212,16 @@ class Parts:
         sums_of_groups(codes, scale.cpu().contiguous().numpy(), zero.cpu().contiguous().numpy(), sums, order)
         device = scale.device
         return Levels(torch.from_numpy(sums).to(device), self._table_of), torch.from_numpy(order).to(device)
+
+
+@compiled
+def _find_codes(first: int, places: Array, combinations: Array, order: Array, table_of: Array, codes: Array) -> None:
+    """The codes [k, rows, d] that the sums at some places are of."""
+    for r in range(len(places)):
+        for i in range(places.shape[1]):
+            number = order[table_of[first + r, i], places[r, i]]
+            for part in range(len(codes)):
+                codes[part, first + r, i] = combinations[number, part]
 
 
 def _with_errors(found: Descent, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -94,10 +94,9 @@ def _alternated(
     rows: Rows, grid: SolverGrid, options: SolveOptions, scale: Array, zero: Array
 ) -> tuple[tuple[Array, Array, Array], list[float]]:
     number = len(rows.weight)
-    errors = _nearest(rows, grid, scale, zero)[1]
+    places, errors = _nearest(rows, grid, scale, zero)
     chosen = errors.argmin(axis=0), np.arange(number)
-    scale, zero = scale[chosen], zero[chosen]
-    places, least = (each[0] for each in _nearest(rows, grid, scale[None], zero[None]))
+    scale, zero, places, least = (each[chosen] for each in (scale, zero, places, errors))
     trace = [float(errors[0].sum()), float(least.sum())]
     # The starts are further rows; one that did not improve comes to the same answer again.
     factors = np.repeat(np.array(options.starts), number)

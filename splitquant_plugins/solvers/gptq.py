@@ -134,13 +134,14 @@ def descent(
 ) -> Descent:
     """As `descend`, with all that is known in the end."""
     target, lists = _float64(weights), levels.arrays()
-    error = (levels.values(places).cpu() - torch.from_numpy(target)).contiguous()
-    gradient = (error @ moment.double().cpu()).numpy()
     found = places.to(torch.int32, copy=True).cpu().contiguous().numpy()
+    error = np.empty(target.shape)
+    over_rows(_find_errors, (target, found, error), (lists[0], lists[1], levels.even))
+    gradient = (torch.from_numpy(error) @ moment.double().cpu()).numpy()
     fixed = np.zeros(target.shape, np.bool_) if frozen is None else frozen.cpu().contiguous().numpy()
     given = _float64(moment), *lists, levels.even, sweeps
-    over_rows(_descend_rows, (gradient, error.numpy(), fixed, target, found), given)
-    return Descent(found, error.numpy(), gradient)
+    over_rows(_descend_rows, (gradient, error, fixed, target, found), given)
+    return Descent(found, error, gradient)
 
 
 def over_rows(loop: Callable[..., None], arrays: Sequence[Array], given: Sequence[Any]) -> None:
@@ -195,6 +196,17 @@ def _find_nearest(
                 places[r, i] = np.int32(_even_place(aim, table[t, 0], table[t, 1], even))
             else:
                 places[r, i] = _place(aim, aim, t, table, low, high)
+
+
+@compiled
+def _find_errors(
+    first: int, target: Array, places: Array, error: Array, table: Array, table_of: Array, even: int
+) -> None:
+    for r in range(len(target)):
+        for i in range(target.shape[1]):
+            t, place = table_of[first + r, i], places[r, i]
+            level = table[t, 0] + place * table[t, 1] if even > 0 else table[t, place]
+            error[r, i] = level - target[r, i]
 
 
 @compiled
