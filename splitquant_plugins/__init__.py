@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from splitquant_plugins.errors import SplitQuantError
     from splitquant_plugins.grid import Grid, UniformGrid
     from splitquant_plugins.manifest import Manifest, manifest_of
+    from splitquant_plugins.passes.clip import ClipPass
     from splitquant_plugins.passes.merge_parts import fuse, unfuse
     from splitquant_plugins.passes.rebuild import apply_manifest
     from splitquant_plugins.passes.self_calibration import self_calibration
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from splitquant_plugins.splitters.base import Splitter
 
 _HOME = {
+    "ClipPass": "passes.clip",
     "DecoupleQPass": "decoupleq.decoupleq_pass",
     "Grid": "grid",
     "LayerPlan": "plan",
@@ -50,6 +52,7 @@ _HOME = {
 }
 
 __all__ = [
+    "ClipPass",
     "DecoupleQPass",
     "Grid",
     "LayerPlan",

@@ -69,12 +69,27 @@ class ValuesRecord(BaseModel):
     seconds: float = 0.0
 
 
+class ClippingRecord(BaseModel):
+    """What ClipPass did to a layer: the squared error of its rounded weights, as they were and clipped, summed.
+
+    `groups` share a range each, and `clipped_groups` of them got a narrower one.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    error_before: float
+    error_after: float
+    groups: int
+    clipped_groups: int
+
+
 class LayerRecord(BaseModel):
     """One layer: split into `parts`, or left whole for `reason`.
 
     `shape` is the weight's with output channels first. `bias_parts` names the parts that hold a bias.
     `also_known_as` are further names that a shared module is reached by; `shared_with` names the layer whose
-    parts this one shares because their weights were tied. `values` is there where DecoupleQPass ran.
+    parts this one shares because their weights were tied. `values` is there where DecoupleQPass ran,
+    `clipping` where ClipPass did.
 
     `splitter` made the parts, or was asked for some and made none that are of use; `why` says what chose it, where the
     user did not. Where the recipe's grid is known, `error_whole`
@@ -102,6 +117,7 @@ class LayerRecord(BaseModel):
     bias_parts: tuple[str, ...] = ()
     seconds: float = 0.0
     values: ValuesRecord | None = None
+    clipping: ClippingRecord | None = None
 
 
 class Manifest(BaseModel):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from neural_compressor.common.base_config import BaseConfig
 
 import splitquant_plugins.decoupleq.decoupleq_pass
+import splitquant_plugins.passes.clip
 import splitquant_plugins.passes.splitquant  # noqa: F401
 from splitquant_plugins.checkpoints.files import read_json
 from splitquant_plugins.errors import ConfigError

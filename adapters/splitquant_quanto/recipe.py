@@ -20,6 +20,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.quantizer_quanto import QuantoHfQuantizer
 
 import splitquant_plugins.decoupleq.decoupleq_pass
+import splitquant_plugins.passes.clip
 import splitquant_plugins.passes.splitquant  # noqa: F401
 from splitquant_plugins.passes.base import ModelPass, pass_from_dict
 from splitquant_quanto.quantization import quantize_after

@@ -120,6 +120,12 @@ class PassSequence(ModelPass):
 
     __hash__ = ModelPass.__hash__
 
+    def __add__(self, recipe: Any) -> Any:
+        """Return a recipe, or a longer pass; ConfigError for a pass that the last one may not precede."""
+        if isinstance(recipe, ModelPass):
+            return PassSequence([*self.passes[:-1], *(self.passes[-1] + recipe).passes])
+        return super().__add__(recipe)
+
     @property
     def splits_activations(self) -> bool:
         return any(one.splits_activations for one in self.passes)
