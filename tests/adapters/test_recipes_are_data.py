@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from splitquant_plugins import DecoupleQPass, SplitQuantPass
+from splitquant_plugins import ClipPass, DecoupleQPass, SplitQuantPass
 from splitquant_plugins.errors import ConfigError
 from splitquant_plugins.passes.base import pass_from_dict
 
@@ -24,7 +24,12 @@ PASSES = {
     "decoupleq": lambda: DecoupleQPass(calibration=BATCHES),
     "function": lambda: DecoupleQPass(calibration=batches),
     "sequence": lambda: SplitQuantPass(k=2) + DecoupleQPass(calibration=batches),
+    "clip": lambda: ClipPass(),
+    "clip, options": lambda: ClipPass(include=("a*", "b"), exclude="c"),
+    "clip behind": lambda: SplitQuantPass(budget=3.0) + ClipPass(),
 }
+# Those that JSON keeps in full.
+WITHOUT_DATA = ("default", "options", "splitter", "budget", "clip", "clip, options", "clip behind")
 # Every option with a value that is not its default.
 SPLIT_OPTIONS = {
     "k": 2,
@@ -77,7 +82,12 @@ DECOUPLEQ_OPTIONS = {
     "resume_dir": "somewhere",
     "calibration_bytes": 2**20,
 }
-KINDS = {"SplitQuantPass": (SplitQuantPass, SPLIT_OPTIONS), "DecoupleQPass": (DecoupleQPass, DECOUPLEQ_OPTIONS)}
+CLIP_OPTIONS = {"include": ("a*", "b"), "exclude": ("c",)}
+KINDS = {
+    "SplitQuantPass": (SplitQuantPass, SPLIT_OPTIONS),
+    "DecoupleQPass": (DecoupleQPass, DECOUPLEQ_OPTIONS),
+    "ClipPass": (ClipPass, CLIP_OPTIONS),
+}
 
 
 def batches():
@@ -124,6 +134,7 @@ FIRST = {
     "split": lambda: SplitQuantPass(k=2, seed=3, include=("1*",)),
     "decoupleq": lambda: DecoupleQPass(calibration=batches, rounds=1),
     "both": lambda: SplitQuantPass(k=2) + DecoupleQPass(calibration=BATCHES),
+    "clip": lambda: ClipPass(exclude="head"),
 }
 
 
@@ -148,7 +159,7 @@ def test_c2_passes_come_back_from_json(name):
     again = pass_from_dict(json.loads(json.dumps(one.to_dict())))
     assert type(again) is type(one)
     assert again.to_dict() == one.to_dict()
-    assert (again == one) == (name in ("default", "options", "splitter", "budget"))  # JSON keeps no calibration
+    assert (again == one) == (name in WITHOUT_DATA)  # JSON keeps no calibration
 
 
 def test_c2_calibration_is_to_be_given_again():
@@ -227,9 +238,9 @@ def test_c2_recipes_come_back_from_json(backend, first, tmp_path):
     recipe.to_json_file(str(tmp_path / "recipe.json"))
     stored = json.loads((tmp_path / "recipe.json").read_text())
     for made in (again, type(recipe).from_dict(stored)):
-        if first == "split":
+        if first in ("split", "clip"):
             assert made == recipe
-            assert made.first.config.k == 2
+            assert made.first == FIRST[first]()
         else:
             assert made != recipe  # JSON keeps no calibration
             give_calibration(made.first, recipe.first)
