@@ -49,8 +49,10 @@ def clip_to_grid(weight: Tensor, grid: Grid) -> Clipped:
         search.attempt(shrink, shrink)
     for low_moves, high_moves in ((True, True),) if grid.scheme == "symmetric" else ((True, False), (False, True)) * 2:
         fixed = search.best
-        tried = [(shrink, shrink) for shrink in SHRINKS] if low_moves != high_moves else []
-        for low, high in [*tried, *(search.scaled(factor) for factor in REFINEMENTS)]:
+        for shrink in SHRINKS if low_moves != high_moves else ():
+            search.attempt(shrink if low_moves else fixed[0], shrink if high_moves else fixed[1])
+        for factor in REFINEMENTS:
+            low, high = search.scaled(factor)
             search.attempt(low if low_moves else fixed[0], high if high_moves else fixed[1])
     return Clipped(search.clipped(*search.best), before, search.error)
 
@@ -94,7 +96,7 @@ class _Search:
         error = self._error(self.clipped(*new))
         better = error < self.error * (1 - _GAIN)
         self.error = torch.where(better, error, self.error)
-        masks = better[:, None].split([len(each) for each in self.groups])
+        masks = torch.split(better[:, None], [len(each) for each in self.groups])
         low_parts, high_parts = (
             [torch.where(mask, one, known) for mask, one, known in zip(masks, tried, old, strict=True)]
             for tried, old in zip(new, self.best, strict=True)
