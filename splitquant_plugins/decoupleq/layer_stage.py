@@ -97,7 +97,7 @@ class LayerStage:
             return solve_weight(
                 weight, layer.parts(), moment, layer.grid, options, output_moment=output_moment, name=name
             )
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             raise InputError(
                 f"{name}: the second moment of its inputs has no factor with damping={config.damping}; choose a larger "
                 "one, such as 0.01, or give more calibration data"

@@ -101,7 +101,7 @@ def _parameters_on_meta() -> Iterator[None]:
         register(module, name, None if param is None else nn.Parameter(param.to("meta"), param.requires_grad))
 
     with _one_at_a_time:
-        nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+        nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
         try:
             yield
         finally:

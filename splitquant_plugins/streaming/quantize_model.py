@@ -109,8 +109,8 @@ def quantize_model(
     if scheduler is not None and solver is not None:
         raise ConfigError("decoupleQ solves one block after another, on one machine; leave out --scheduler")
     if stream is None:
-        needs_model = solver is not None or whole_model or first is None
-        needs_model = needs_model or first.calibration is not None or first.config.activations
+        runs_data = first is not None and (first.calibration is not None or first.config.activations)
+        needs_model = solver is not None or whole_model or first is None or runs_data
         stream = is_sharded(model) and chosen.packer(form) is not None and not needs_model
     if stream:
         passes = first or solver
