@@ -39,6 +39,9 @@ class DecoupleQConfig(BaseModel):
         True,
         description="with asymmetric_calibration: a layer's outputs make up for each other, as its block sees them",
     )
+    objective: Literal["outputs", "predictions"] = Field(
+        "outputs", description="where coupled rows count: in the block's outputs, or in the model's predictions"
+    )
     tune_blocks: bool = Field(False, description="then train each block towards the float model's outputs")
     tune_model: bool = Field(False, description="at last train the whole model towards the float model's predictions")
     tune_codes: bool = Field(True, description="in training: codes and zero points too, not only scales and norms")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from splitquant_plugins.decoupleq.layer_order import Stage
 from splitquant_plugins.decoupleq.layers import LayerToSolve
 from splitquant_plugins.decoupleq.output_moments import output_moments
 from splitquant_plugins.decoupleq.solve_weight import SolvedWeight, solve_weight
-from splitquant_plugins.errors import InputError, first_line
+from splitquant_plugins.errors import ConfigError, InputError, first_line
 from splitquant_plugins.manifest import ValuesRecord
-from splitquant_plugins.passes.calibration import iter_second_moments
+from splitquant_plugins.passes.calibration import iter_second_moments, out_features
 
 
 class LayerStage:
@@ -32,7 +33,8 @@ class LayerStage:
 
     `layers` are all those of the model that are solved, by name, `twins` the others that share a weight with one;
     `float_values` switches the model to its float values for a while. At most `calibration_bytes` of statistics are
-    held at once.
+    held at once. `output_moments_of` finds G of all layers by the model's predictions; without it coupled rows count as
+    they reach their block's outputs.
     """
 
     def __init__(
@@ -42,7 +44,9 @@ class LayerStage:
         config: DecoupleQConfig,
         float_values: Callable[[], AbstractContextManager[Any]],
         calibration_bytes: int,
+        output_moments_of: Callable[[Mapping[str, nn.Module]], dict[str, Tensor]] | None = None,
     ) -> None:
+        self._output_moments_of = output_moments_of
         self.notes: list[str] = []
         self._layers, self._twins, self._config = layers, twins, config
         self._float_values, self._calibration_bytes = float_values, calibration_bytes
@@ -106,6 +110,8 @@ class LayerStage:
     def _output_moments(self, title: str, inputs: BlockInputs, before: FloatInputs) -> dict[str, Tensor]:
         """G of those layers whose outputs make up for each other: not of those that are added to the block's anyway."""
         layers = {name: layer for name, layer in before.layers.items() if name not in before.added}
+        if self._output_moments_of is not None:
+            return {name: each for name, each in self._moments_of_predictions.items() if name in layers}
         try:
             with self._float_values():
                 limit = self._calibration_bytes // 4
@@ -113,6 +119,19 @@ class LayerStage:
         except (InputError, RuntimeError) as error:  # what has no gradients is solved row by row
             self.notes.append(f"{title}: no coupled rows: {first_line(error)}")
             return {}
+
+    @cached_property
+    def _moments_of_predictions(self) -> dict[str, Tensor]:
+        assert self._output_moments_of is not None
+        modules = {name: layer.modules[0] for name, layer in self._layers.items()}
+        sizes = {name: 8 * out_features(module) ** 2 for name, module in modules.items()}
+        if sum(sizes.values()) > self._calibration_bytes:
+            raise ConfigError(
+                f"objective='predictions' holds {sum(sizes.values()):,} bytes of statistics of all layers' outputs: "
+                "raise calibration_bytes, or choose objective='outputs'"
+            )
+        with self._float_values():
+            return self._output_moments_of(modules)
 
     def _moments(
         self, group: Sequence[str], inputs: BlockInputs, before: FloatInputs | None

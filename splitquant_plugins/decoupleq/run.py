@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from splitquant_plugins.decoupleq.training import Learned, Objective, train
 from splitquant_plugins.errors import InputError
 from splitquant_plugins.manifest import TrainingRecord, ValuesRecord
 from splitquant_plugins.passes.calibration import Batches, iter_calls
+from splitquant_plugins.passes.loss_moments import collect_gradient_moments
 from splitquant_plugins.passes.token_masks import TokenMasks
 from splitquant_plugins.plugins import version_of
 from splitquant_plugins.progress import track
@@ -84,7 +85,12 @@ class Run:
             if first == name:
                 self.layers[name] = layer
             self.twins.setdefault(first, []).extend([layer] if first != name else [])
-        self.layer_stage = LayerStage(self.layers, self.twins, config, self._float_values, calibration_bytes)
+        by_predictions = (
+            None if config.objective == "outputs" else partial(collect_gradient_moments, model, calibration)
+        )
+        self.layer_stage = LayerStage(
+            self.layers, self.twins, config, self._float_values, calibration_bytes, by_predictions
+        )
 
     def solve(self) -> None:
         """Solve all layers, stage by stage.

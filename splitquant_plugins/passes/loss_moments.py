@@ -9,7 +9,7 @@ of the group for the token (GuidedQuant, arXiv 2505.07004). So errors of differe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -32,7 +32,7 @@ from splitquant_plugins.passes.calibration import (
     refuse_not_finite,
 )
 from splitquant_plugins.passes.outputs import predictions
-from splitquant_plugins.passes.token_masks import MaskFinder
+from splitquant_plugins.passes.token_masks import MaskFinder, TokenMasks
 
 
 def collect_loss_moments(
@@ -47,34 +47,79 @@ def collect_loss_moments(
 
     `groups`: into so many runs of output channels, each with a weight of its own, a layer is cut, or into fewer, that
     divide the channels evenly; a grouped convolution has one for each of its own groups. Matrices are [groups, d, d].
+    Batches and errors are those of `iter_gradients`.
+    """
+    sums = {name: _WeightedMean(name, layer, groups, dtype) for name, layer in layers.items()}
+    for name, inputs, gradient, mask in iter_gradients(model, batches, layers):
+        sums[name].add(inputs, gradient, mask)
+    return {name: SecondMoment(mean.matrix, mean.samples) for name, mean in sums.items()}
+
+
+def collect_gradient_moments(model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """G [out, out], float64, of every layer that is no convolution: the mean of g gᵀ over the tokens.
+
+    Left out are layers that the predictions do not depend on. Batches and errors are those of `iter_gradients`.
+    """
+    chosen = {name: layer for name, layer in layers.items() if not isinstance(layer, CONVOLUTIONS)}
+    sums: dict[str, Tensor] = {}
+    seen: dict[str, int] = {}
+    for name, _, gradient, mask in iter_gradients(model, batches, chosen):
+        rows = counted_rows(gradient, mask).double()
+        sums[name] = sums.get(name, 0.0) + rows.T @ rows
+        seen[name] = seen.get(name, 0) + len(rows)
+    return {name: total / max(seen[name], 1) for name, total in sums.items() if bool((total.diagonal() > 0).all())}
+
+
+def iter_gradients(
+    model: nn.Module, batches: Batches, layers: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
+    """Yield name, inputs, the gradient by the outputs, and the mask of the tokens, of each call of each layer.
+
     The outputs of a model without `logits` are taken for means of normal distributions: the cost is their square error.
     Predictions and directions are drawn with seed 0. Batches as `iter_second_moments` takes them. Raises InputError for
     NaN, and for a model that computes without gradients.
     """
     generator = torch.Generator().manual_seed(0)
-    sums = {name: _WeightedMean(name, layer, groups, dtype) for name, layer in layers.items()}
     finder, seen = MaskFinder(model), False
-    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
-        for number, (args, kwargs) in enumerate(iter_calls(model, batches), start=1):
+    for number, (args, kwargs) in enumerate(iter_calls(model, batches), start=1):
+        with evaluating(model), naming_batch(number, model):
             masks = finder.masks(args, kwargs)
-            with naming_batch(number, model), ExitStack() as hooks:
-                calls: list[tuple[_WeightedMean, Tensor, Tensor]] = []
-                for mean in sums.values():
-                    hooks.callback(mean.layer.register_forward_hook(_watching(mean, calls), with_kwargs=True).remove)
-                values, is_logits = predictions(model(*args, **kwargs))
-                if not values.requires_grad:
-                    raise InputError(f"{type(model).__name__} computes without gradients: choose objective='outputs'")
-                counted = counted_rows(values, masks.own)
-                loss = _likelihood(counted, generator) if is_logits else _direction(counted, generator)
-                probes = [probe for *_, probe in calls]
-                gradients = torch.autograd.grad(loss, probes, allow_unused=True)
-                for (mean, inputs, _), gradient in zip(calls, gradients, strict=True):
-                    if gradient is not None:
-                        mean.add(inputs, gradient, masks.of(mean.layer))
-            seen = True
+            found = _gradients(model, layers, (args, kwargs), masks, generator)
+        for name, inputs, gradient in found:
+            yield name, inputs, gradient, masks.of(layers[name])
+        seen = True
     if not seen:
         raise InputError("no calibration batches: the iterable is empty (or a one-shot iterator was used up)")
-    return {name: SecondMoment(mean.matrix, mean.samples) for name, mean in sums.items()}
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _gradients(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    masks: TokenMasks,
+    generator: torch.Generator,
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Name, inputs and gradient of each call of the layers in one call of the model."""
+    calls: list[tuple[str, Tensor, Tensor]] = []
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_hook(_watching(name, calls), with_kwargs=True).remove)
+        args, kwargs = call
+        values, is_logits = predictions(model(*args, **kwargs))
+    if not values.requires_grad:
+        raise InputError(f"{type(model).__name__} computes without gradients: choose objective='outputs'")
+    counted = counted_rows(values, masks.own)
+    loss = _likelihood(counted, generator) if is_logits else _direction(counted, generator)
+    gradients = torch.autograd.grad(loss, [probe for *_, probe in calls], allow_unused=True)
+    found = []
+    for (name, inputs, _), gradient in zip(calls, gradients, strict=True):
+        if gradient is not None and not torch.isfinite(gradient).all():
+            raise InputError(f"{name}: the gradients of its outputs contain NaN or infinity; use a wider dtype")
+        if gradient is not None:
+            found.append((name, inputs, gradient))
+    return found
 
 
 def _likelihood(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -89,14 +134,14 @@ def _direction(values: Tensor, generator: torch.Generator) -> Tensor:
     return (values.float() * torch.randn(values.shape, generator=generator).to(values.device)).sum()
 
 
-def _watching(mean: _WeightedMean, calls: list[tuple[_WeightedMean, Tensor, Tensor]]) -> Callable[..., Tensor]:
+def _watching(name: str, calls: list[tuple[str, Tensor, Tensor]]) -> Callable[..., Tensor]:
     """A hook that notes a layer's inputs, and adds zeros to its outputs whose gradient is theirs."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        inputs = only_input(mean.name, args, kwargs).detach().clone()
-        refuse_not_finite(mean.name, inputs)
+        inputs = only_input(name, args, kwargs).detach().clone()
+        refuse_not_finite(name, inputs)
         probe = torch.zeros_like(output, requires_grad=True)
-        calls.append((mean, inputs, probe))
+        calls.append((name, inputs, probe))
         return output + probe
 
     return hook
@@ -120,8 +165,6 @@ class _WeightedMean:
             rows, gradients = input_rows(self.layer, inputs), gradient.reshape(-1, gradient.shape[-1])
         else:
             rows, gradients = counted_rows(inputs, mask)[None], counted_rows(gradient, mask)
-        if not torch.isfinite(gradients).all():
-            raise InputError(f"{self.name}: the gradients of its outputs contain NaN or infinity; use a wider dtype")
         weights = gradients.to(self.matrix).square().reshape(len(gradients), self._groups, -1).mean(dim=2)
         total = self.samples + len(weights)
         if not total:

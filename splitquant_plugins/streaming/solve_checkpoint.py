@@ -266,6 +266,7 @@ def _refuse_what_needs_the_model(solver: DecoupleQPass) -> None:
         ("tune_blocks", config.tune_blocks),
         ("tune_model", config.tune_model),
         ("sequential=False", not config.sequential),
+        ("objective='predictions'", config.objective == "predictions"),
         ("resume_dir", solver.resume_dir is not None),
     ):
         if given:

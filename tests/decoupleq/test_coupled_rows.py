@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from splitquant_plugins import DecoupleQPass, UniformGrid, manifest_of
+from splitquant_plugins.decoupleq import layer_stage
 from splitquant_plugins.decoupleq.alternation import SolveOptions, best_state
 from splitquant_plugins.decoupleq.capture import BlockInputs
 from splitquant_plugins.decoupleq.coupled_rows import coupled_error, with_coupled_rows
@@ -19,6 +20,8 @@ from splitquant_plugins.decoupleq.output_moments import output_moments
 from splitquant_plugins.decoupleq.parts import Parts
 from splitquant_plugins.decoupleq.solve_weight import solve_weight
 from splitquant_plugins.decoupleq.solver_grid import solver_grid
+from splitquant_plugins.errors import ConfigError
+from splitquant_plugins.passes.loss_moments import collect_gradient_moments
 
 GRID = UniformGrid(2, "affine", "channel")
 QUICK: dict[str, Any] = {"rounds": 1, "starts": (1.0,), "search_inputs": 0}
@@ -187,3 +190,36 @@ def test_blocks_of_other_outputs_are_solved_row_by_row(wrong: Callable[[Tensor],
     model = Stack().eval()
     DecoupleQPass(calibration=[torch.randn(32, 8)], asymmetric_calibration=0.5, **QUICK).apply(model, grid=GRID)
     assert any("no coupled rows" in note and said in note for note in manifest_of(model).notes)
+
+
+def test_rows_may_count_as_the_models_predictions_see_them(plugins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            widths = nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)
+            self.blocks = nn.ModuleList([nn.Sequential(*widths), nn.Sequential(*copy.deepcopy(widths))])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x[..., :3]
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(64, 12)
+    wanted = collect_gradient_moments(model, [x], {"blocks.0.0": model.blocks[0][0]})["blocks.0.0"]
+    given: dict[str, Tensor] = {}
+    solve = layer_stage.solve_weight
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        given[kwargs["name"]] = kwargs["output_moment"]
+        return solve(*args, **kwargs)
+
+    monkeypatch.setattr(layer_stage, "solve_weight", noting)
+    options = {"calibration": [x], "plugins": plugins, **QUICK}
+    DecoupleQPass(objective="predictions", **options).apply(copy.deepcopy(model), grid=GRID)
+    torch.testing.assert_close(given["blocks.0.0"], wanted)
+    by_predictions = given["blocks.0.0"]
+    DecoupleQPass(**options).apply(copy.deepcopy(model), grid=GRID)
+    assert not torch.allclose(given["blocks.0.0"], by_predictions)
+    with pytest.raises(ConfigError, match="raise calibration_bytes"):
+        DecoupleQPass(objective="predictions", calibration_bytes=100, **options).apply(model, grid=GRID)

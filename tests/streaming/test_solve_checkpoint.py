@@ -154,6 +154,7 @@ def test_layers_outside_of_blocks_keep_plain_rounding_and_are_said_to(make: Any,
         ({"tune_blocks": True}, "tune_blocks"),
         ({"tune_model": True}, "tune_model"),
         ({"sequential": False}, "sequential=False"),
+        ({"objective": "predictions"}, "objective='predictions'"),
         ({"resume_dir": "somewhere"}, "resume_dir"),
     ],
 )
