@@ -140,9 +140,12 @@ def quantize_model(
     }
 
 
-def _recipe(chosen: Backend, form: WeightFormat, ignore: Sequence[str] | None) -> dict[str, object]:
-    """What a recipe file says of the backend, the weight format, and the head."""
+def _recipe(
+    chosen: Backend, form: WeightFormat, ignore: Sequence[str] | None, task: Task | None
+) -> dict[str, object]:
+    """What a recipe file says of the backend, the weight format, the head, and the context that was asked for."""
     found = {"granularity": form.granularity, "group_size": form.group_size, "scheme": form.scheme}
+    found["context"] = None if task is None else task.given_context
     known: dict[str, object] = {name: value for name, value in found.items() if value is not None}
     head = {"head": True} if ignore == () else {}
     return {"backend": chosen.name, "weights": form.weights, **known, "method": form.method, **head}
@@ -166,7 +169,7 @@ def _in_memory(
         given = batches or ([] if example is None else [example])
         quantized = quantize_leaving(chosen, loaded, form, first, given, ignore)
         if quantized.manifest is not None:
-            quantized.manifest.recipe = _recipe(chosen, form, ignore)
+            quantized.manifest.recipe = _recipe(chosen, form, ignore, task)
         source = _folder_of(task.model)
         with _writing(output):
             _save(chosen, quantized, temporary, pretrained=pretrained)
@@ -219,7 +222,7 @@ def _stream(
         made = stream_solved(folder, output, passes, chosen, form, ignore=ignore, extras=extras)
     else:
         made = stream_model(folder, output, passes, chosen, form, ignore=ignore, extras=extras, scheduler=scheduler)
-    made.manifest.recipe = _recipe(chosen, form, ignore)
+    made.manifest.recipe = _recipe(chosen, form, ignore, task)
     made.manifest.save(output)
     saved = chosen.saved_layers() if pretrained else None
     if saved is not None:

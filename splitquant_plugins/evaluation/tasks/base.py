@@ -48,6 +48,8 @@ class Task(ABC):
     has_tokenizer = False
     example_is_data = False
     """Whether only calibration data show what the model takes."""
+    given_context: int | None = None
+    """Tokens that a language model was asked to see at once."""
 
     def __init__(self, model: str) -> None:
         self.model = model
