@@ -17,6 +17,9 @@ from splitquant_plugins.checkpoints.files import read_json, sha256_of, write_jso
 from splitquant_plugins.checkpoints.tensors import read_tensors, write_tensors
 from splitquant_plugins.errors import InputError
 
+# Attributes that torch gives every module, and others that say nothing of what it computes.
+_OF_EVERY_MODULE = frozenset({*vars(nn.Module()), "config", "generation_config"})
+
 
 def fingerprint(description: Mapping[str, Any], calls: Iterable[Any], tensors: Iterable[Tensor] = ()) -> str:
     """Return a hash of options, of the calibration's calls, and of the bytes of tensors."""
@@ -33,17 +36,27 @@ def fingerprint(description: Mapping[str, Any], calls: Iterable[Any], tensors: I
 
 def described(model: nn.Module) -> dict[str, Any]:
     """What a model computes besides its tensors, as far as its modules say: classes, and attributes such as eps."""
-    plain = (bool, int, float, str, type(None))
     modules = {
         name: [
             type(module).__qualname__,
-            {key: value for key, value in vars(module).items() if isinstance(value, plain) and key != "training"},
+            {key: _said(value) for key, value in vars(module).items() if key not in _OF_EVERY_MODULE},
         ]
         for name, module in model.named_modules()
     }
     config: Any = getattr(model, "config", None)
     said = config.to_dict() if hasattr(config, "to_dict") else None
     return {"modules": modules, "config": said, "attention": getattr(config, "_attn_implementation", None)}
+
+
+def _said(value: Any) -> Any:
+    """An attribute, as far as it can be written: functions by their names, other objects by their classes."""
+    if isinstance(value, (bool, int, float, str, type(None), torch.dtype)):
+        return repr(value)
+    if isinstance(value, (tuple, list)):
+        return [_said(each) for each in value]
+    if isinstance(value, dict):
+        return {repr(key): _said(each) for key, each in value.items()}
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def refuse_file(folder: str | Path | None) -> None:
@@ -71,7 +84,7 @@ class Finished:
         if not isinstance(content, dict) or content.get("fingerprint") != self.mark:
             raise InputError(
                 f"{self.folder} holds blocks that were solved with other options, weights or calibration data; choose "
-                "another resume_dir, or delete it"
+                "another folder, or delete it"
             )
         path = self._path(number, "safetensors")
         tensors = read_tensors(path)

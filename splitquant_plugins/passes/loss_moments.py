@@ -114,11 +114,11 @@ def _gradients(
     loss = _likelihood(counted, generator) if is_logits else _direction(counted, generator)
     gradients = torch.autograd.grad(loss, [probe for *_, probe in calls], allow_unused=True)
     found = []
-    for (name, inputs, _), gradient in zip(calls, gradients, strict=True):
+    for (name, inputs, probe), gradient in zip(calls, gradients, strict=True):
         if gradient is not None and not torch.isfinite(gradient).all():
             raise InputError(f"{name}: the gradients of its outputs contain NaN or infinity; use a wider dtype")
-        if gradient is not None:
-            found.append((name, inputs, gradient))
+        # What the predictions do not depend on costs them nothing.
+        found.append((name, inputs, torch.zeros_like(probe) if gradient is None else gradient))
     return found
 
 

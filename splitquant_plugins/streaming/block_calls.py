@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from splitquant_plugins.errors import InputError
 from splitquant_plugins.passes.calibration import evaluating, naming_batch
 from splitquant_plugins.streaming.parameters import IN_MEMORY
 from splitquant_plugins.streaming.spilled import Kept, Spill, loaded
+
+# Kinds of values that nothing can be written into.
+_PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, slice, Enum)
 
 Blocks = Sequence[tuple[str, nn.Module]]
 
@@ -146,9 +150,20 @@ def _refuse_other_ties(model: nn.Module, blocks: Blocks, call: Call, as_output: 
     plain = _observed(model, blocks, call, as_output)
     changed = _observed(model, blocks, call, lambda values: as_output(_changed(values)))
     for (name, _), one, other in zip(blocks, plain, changed, strict=True):
-        for value, again in zip(tree_leaves(one[1:]), tree_leaves(other[1:]), strict=True):
-            if isinstance(value, Tensor) and not torch.equal(value, again):
+        for value in (*one[1], *one[2].values()):
+            _refuse_shared_objects(name, value)
+        for before, again in zip(tree_leaves(one[1:]), tree_leaves(other[1:]), strict=True):
+            if isinstance(before, Tensor) and not torch.equal(before, again):
                 raise InputError(f"other arguments of {name} depend on what blocks before it return; {IN_MEMORY}")
+
+
+def _refuse_shared_objects(name: str, value: Any) -> None:
+    """Raise for an argument that one block may write into, and another read."""
+    if type(value) in (tuple, list, dict) and value:
+        for item in value.values() if isinstance(value, dict) else value:
+            _refuse_shared_objects(name, item)
+    elif value is not None and not isinstance(value, (Tensor, *_PLAIN)) and type(value) is not tuple:
+        raise InputError(f"{name} is given a {type(value).__name__}, which blocks may share values by; {IN_MEMORY}")
 
 
 def _changed(values: Tensor) -> Tensor:

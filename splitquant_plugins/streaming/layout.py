@@ -19,6 +19,7 @@ from splitquant_plugins.checkpoints.source import Source
 from splitquant_plugins.checkpoints.transformers_models import empty_model, load_config
 from splitquant_plugins.errors import AlreadyQuantizedError, ConfigError, InputError
 from splitquant_plugins.modules import part_names
+from splitquant_plugins.passes.checks import refuse_unfit_modules
 from splitquant_plugins.passes.module_tree import is_transformers_conv1d, occurrences
 from splitquant_plugins.passes.select import Layer, Selection, select_layers
 from splitquant_plugins.passes.split_layer import MOST_BUDGET_PARTS
@@ -117,6 +118,7 @@ def make_layout(
     memory.
     """
     model, dtype = empty_skeleton(source.folder)
+    refuse_unfit_modules(model)
     notes = first.plugins.prepare_model(model, first.config)
     if notes:
         raise ConfigError(f"streaming cannot prepare the model ({notes[0]}); {IN_MEMORY}")

@@ -7,7 +7,6 @@ import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from splitquant_plugins.evaluation.python_functions import split_function
 from splitquant_plugins.evaluation.tasks.base import Task
 from splitquant_plugins.evaluation.tasks.language_model import HEAD_REASON
 from splitquant_plugins.evaluation.tasks.text_classification import OtherTextModel
-from splitquant_plugins.manifest import manifest_of
+from splitquant_plugins.manifest import Manifest, manifest_of
 from splitquant_plugins.passes.base import ModelPass
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.plugins import Plugins
@@ -140,9 +139,7 @@ def quantize_model(
     }
 
 
-def _recipe(
-    chosen: Backend, form: WeightFormat, ignore: Sequence[str] | None, task: Task | None
-) -> dict[str, object]:
+def _recipe(chosen: Backend, form: WeightFormat, ignore: Sequence[str] | None, task: Task | None) -> dict[str, object]:
     """What a recipe file says of the backend, the weight format, the head, and the context that was asked for."""
     found = {"granularity": form.granularity, "group_size": form.group_size, "scheme": form.scheme}
     found["context"] = None if task is None else task.given_context
@@ -216,17 +213,20 @@ def _stream(
     folder = Path(model)
     if not folder.is_dir():
         raise InputError(f"{model} is not a folder, and only local checkpoints are streamed; download it first")
-    extras = partial(_copy_files, folder)
     ignore = None if task is None else task.stays_float(empty_skeleton(folder)[0])
-    if isinstance(passes, DecoupleQPass):
-        made = stream_solved(folder, output, passes, chosen, form, ignore=ignore, extras=extras)
-    else:
-        made = stream_model(folder, output, passes, chosen, form, ignore=ignore, extras=extras, scheduler=scheduler)
-    made.manifest.recipe = _recipe(chosen, form, ignore, task)
-    made.manifest.save(output)
     saved = chosen.saved_layers() if pretrained else None
-    if saved is not None:
-        describe_streamed(output, chosen.name, saved)
+
+    def finish(made: Path, manifest: Manifest) -> None:
+        _copy_files(folder, made)
+        manifest.recipe = _recipe(chosen, form, ignore, task)
+        manifest.save(made)
+        if saved is not None:
+            describe_streamed(made, chosen.name, saved)
+
+    if isinstance(passes, DecoupleQPass):
+        made = stream_solved(folder, output, passes, chosen, form, ignore=ignore, finish=finish)
+    else:
+        made = stream_model(folder, output, passes, chosen, form, ignore=ignore, finish=finish, scheduler=scheduler)
     return {
         "layers_split": len(made.manifest.split),
         "layers_quantized": made.packed,

@@ -57,7 +57,7 @@ def stream_model(
     form: WeightFormat,
     *,
     ignore: Sequence[str] | None = None,
-    extras: Callable[[Path], None] | None = None,
+    finish: Callable[[Path, Manifest], None] | None = None,
     scheduler: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     working_bytes: int = WORKING_BYTES,
@@ -66,7 +66,8 @@ def stream_model(
 
     What is worked on at once takes at most `working_bytes`, or what the largest layer takes; output shards have
     at most `shard_bytes`, or one layer. `ignore` are names of layers that stay float; None is the backend's own choice,
-    and () is none. `extras` adds files to the output. `scheduler` is the address of a Dask
+    and () is none. `finish` is called with the folder and its manifest before they
+    appear, and may add to both. `scheduler` is the address of a Dask
     scheduler, whose workers make the shards. Killed and started again, here or there, it goes on with the first
     shard that is not done. Raises InputError for a checkpoint that contradicts itself or the model, for a full disk,
     and where other work was begun for the same output; ConfigError for options that need the whole model, or
@@ -106,7 +107,7 @@ def stream_model(
             with closing(made):
                 done.update(made)
             records = [done[number] for number in numbers]
-            return _conclude(shards, layout, first, packer, records, len(numbers) - len(todo), extras)
+            return _conclude(shards, layout, first, packer, records, len(numbers) - len(todo), finish)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -170,7 +171,7 @@ def _conclude(
     packer: Packer,
     records: Sequence[ShardRecord],
     found: int,
-    extras: Callable[[Path], None] | None,
+    finish: Callable[[Path, Manifest], None] | None,
 ) -> Streamed:
     """Write what stands beside the shards, and publish the folder."""
     folder = shards.place.model
@@ -191,9 +192,9 @@ def _conclude(
     total = sum(sum(record.tensors.values()) for record in records)
     weight_map = {name: file for file, record in zip(shards.files, records, strict=True) for name in record.tensors}
     write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    if extras is not None:
-        extras(folder)
     manifest.save(folder)
+    if finish is not None:
+        finish(folder, manifest)
     shards.place.publish()
     return Streamed(
         manifest=manifest,

@@ -28,7 +28,7 @@ from splitquant_plugins.grid import Grid
 from splitquant_plugins.manifest import Manifest, ValuesRecord
 from splitquant_plugins.passes.base import GridRule
 from splitquant_plugins.passes.calibration import evaluating, iter_calls
-from splitquant_plugins.passes.checks import refuse_unfit_values
+from splitquant_plugins.passes.checks import refuse_unfit_modules, refuse_unfit_values
 from splitquant_plugins.passes.outputs import output_tensor
 from splitquant_plugins.plugins import version_of
 from splitquant_plugins.progress import track
@@ -38,6 +38,7 @@ from splitquant_plugins.streaming.parameters import IN_MEMORY, Parameters
 from splitquant_plugins.streaming.spilled import Spill
 
 REST_FILE = "rest.safetensors"
+_ACTIVATIONS = ".activations."
 # Activations that are held in memory may take this part of the memory for calibration.
 _PART_FOR_ACTIVATIONS = 4
 
@@ -54,20 +55,24 @@ def solve_checkpoint(
 
     `folder` holds safetensors and config.json; `solved` will hold the same tensors, those of the solved layers such
     that the backend's plain rounding gives the solution, and may hold blocks that a run which was killed has finished.
-    `ignore` are patterns of names that the recipe does not quantize. The values are those that `solver` would find with
-    the model in memory. Held at any time: one block, its layers' statistics (`solver.calibration_bytes`), and of the
-    activations a quarter of that; others lie in memory-mapped files beside `solved`. Before the first block what comes
-    before the blocks is held, too, as embeddings are.
+    `ignore` are patterns of names that the recipe does not quantize. Where all other layers are in blocks, the values
+    are those that `solver` would find with the model in memory. Held at any time: one block, its layers' statistics
+    (`solver.calibration_bytes`), and of the activations a quarter of that; others lie in memory-mapped files beside
+    `solved`. Before the first block what comes before the blocks is held, too, as embeddings are.
 
     Layers outside of the repeated blocks keep plain rounding, with that reason. Raises ConfigError for options that
     need the whole model, InputError for models whose blocks do not simply follow each other.
     """
     solver.refuse_missing_calibration()
     _refuse_what_needs_the_model(solver)
+    if solved.resolve() == folder.resolve():
+        raise InputError(f"{solved} is the checkpoint that is read; choose another folder for what is solved")
     source = Source(folder)
     run = _Run(source, solved, solver, grid, ignore)
     solved.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".activations.", dir=solved) as spilled:
+    for left in solved.glob(f"{_ACTIVATIONS}*"):  # by a run that was killed
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=_ACTIVATIONS, dir=solved) as spilled:
         run.solve(Spill(Path(spilled), solver.calibration_bytes // _PART_FOR_ACTIVATIONS))
     return run.manifest()
 
@@ -87,6 +92,7 @@ class _Run:
             )
         self.parameters = Parameters(self.model, source, dtype)
         self.parameters.refuse_unused()
+        refuse_unfit_modules(self.model)
         self.blocks = find_blocks(self.model)
         kind = type(self.model).__name__
         if not self.blocks[0][0]:
@@ -216,7 +222,8 @@ class _Run:
         owner, _, key = name.rpartition(".")
         module = self.model.get_submodule(owner)
         if key in module._parameters:
-            module._parameters[key] = nn.Parameter(values, requires_grad=False)
+            before = module._parameters[key]
+            module._parameters[key] = nn.Parameter(values, requires_grad=before is None or before.requires_grad)
         else:
             module._buffers[key] = values
 
@@ -241,7 +248,9 @@ class _Run:
         return fingerprint(description, iter_calls(self.model, self.solver.calibration))
 
     def _write_rest(self, rest: Sequence[str]) -> None:
-        """Write the tensors outside of blocks, and the index, which makes a checkpoint of the files."""
+        """Write the tensors outside of blocks, and last the index, which makes a checkpoint of the files."""
+        if (self.solved / INDEX_FILE).is_file():
+            return  # a later step was killed, and knows the files by their dates
         here = list(dict.fromkeys(map(self.parameters.source_of, rest)))
         read = {name: self.source.read(name, self.parameters.dtypes[name]) for name in here}
         write_tensors(self.solved / REST_FILE, read)

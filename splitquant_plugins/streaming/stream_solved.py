@@ -11,6 +11,7 @@ from pathlib import Path
 from splitquant_plugins.backends import Backend, WeightFormat
 from splitquant_plugins.decoupleq.decoupleq_pass import DecoupleQPass
 from splitquant_plugins.errors import ConfigError
+from splitquant_plugins.manifest import Manifest
 from splitquant_plugins.passes.splitquant import SplitQuantPass
 from splitquant_plugins.streaming.layout import empty_skeleton
 from splitquant_plugins.streaming.run import Streamed, stream_model
@@ -26,7 +27,7 @@ def stream_solved(
     form: WeightFormat,
     *,
     ignore: Sequence[str] | None = None,
-    extras: Callable[[Path], None] | None = None,
+    finish: Callable[[Path, Manifest], None] | None = None,
 ) -> Streamed:
     """Solve the blocks of a checkpoint for a backend's grid and quantize what comes of it into `output`.
 
@@ -43,10 +44,15 @@ def stream_solved(
     solved = output.with_name(f"{output.name}.solved")
     with Workplace(output).locked():
         manifest = solve_checkpoint(folder, solved, solver, grid=packer.grid, ignore=[*left, *(ignore or ())])
-    nothing = SplitQuantPass(exclude=("*",), plugins=solver.plugins, progress=solver.progress)
-    made = stream_model(solved, output, nothing, backend, form, ignore=ignore, extras=extras)
-    manifest = manifest.model_copy(update={"coverage": made.coverage})
     manifest.seconds += sum(layer.values.seconds for layer in manifest.layers if layer.values is not None)
-    manifest.save(output)
+
+    def finish_solved(made: Path, of_no_split: Manifest) -> None:
+        manifest.coverage = of_no_split.coverage
+        manifest.save(made)
+        if finish is not None:
+            finish(made, manifest)
+
+    nothing = SplitQuantPass(exclude=("*",), plugins=solver.plugins, progress=solver.progress)
+    made = stream_model(solved, output, nothing, backend, form, ignore=ignore, finish=finish_solved)
     shutil.rmtree(solved)
     return replace(made, manifest=manifest, split_seconds=manifest.seconds)

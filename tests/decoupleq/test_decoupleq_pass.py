@@ -271,11 +271,19 @@ def changed_eps(net):
     net.blocks[0].norm.eps = 1e-2
 
 
+def changed_tuple(net):
+    net.first.padding = (1, 2)
+
+
+def changed_function(net):
+    net.first.activation = torch.relu
+
+
 def changed_buffer(net):
     net.register_buffer("table", torch.ones(2), persistent=False)
 
 
-@pytest.mark.parametrize("change", [changed_eps, changed_buffer, None])
+@pytest.mark.parametrize("change", [changed_eps, changed_tuple, changed_function, changed_buffer, None])
 def test_what_another_model_or_memory_left_is_not_taken(net, batches, plugins, tmp_path, change):
     options = {**FAST, "plugins": plugins, "resume_dir": tmp_path}
     DecoupleQPass(calibration=batches, **options).apply(copy.deepcopy(net), grid=GRID)

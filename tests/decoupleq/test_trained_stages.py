@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import splitquant_plugins.decoupleq.layer_stage as module
 from splitquant_plugins import DecoupleQPass, SplitQuantPass, UniformGrid, manifest_of
+from splitquant_plugins.decoupleq import layer_stage
+from splitquant_plugins.decoupleq import run as module
 from splitquant_plugins.decoupleq.model_tuning import model_objective
 from splitquant_plugins.decoupleq.training import Learned
 from splitquant_plugins.errors import ConfigError
@@ -173,7 +174,7 @@ def test_a_killed_run_goes_on_to_the_same_values(
     options: dict[str, Any] = {**SHORT, **stages, "plugins": plugins}
     straight = DecoupleQPass(calibration=batches, **options).apply(copy.deepcopy(net), grid=GRID)
     before = weights(net)
-    real, calls = module.solve_weight, []
+    real, calls = layer_stage.solve_weight, []
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(kwargs["name"])
@@ -181,7 +182,7 @@ def test_a_killed_run_goes_on_to_the_same_values(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(module, "solve_weight", counted)
+    monkeypatch.setattr(layer_stage, "solve_weight", counted)
     with pytest.raises(KeyboardInterrupt):
         DecoupleQPass(calibration=batches, resume_dir=tmp_path, **options).apply(net, grid=GRID)
     assert same(weights(net), before)

@@ -148,6 +148,26 @@ def test_the_pass_weighs_by_predictions(plugins) -> None:
         SplitQuantPass(objective="predictions", plugins=plugins).apply(Both(), grid=UniformGrid(2))
 
 
+@pytest.mark.parametrize("options", [{"k": 2}, {"budget": 6.2}])
+def test_what_predictions_do_not_depend_on_costs_nothing(plugins, options) -> None:
+    class Beside(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.beside = nn.Linear(5, 8)
+
+        def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Output:
+            return Output(logits=super().forward(x)["logits"], other=self.beside(x))
+
+    torch.manual_seed(0)
+    model, batches = Beside(), [{"x": torch.randn(64, 5)}]
+    found = collect_loss_moments(model, batches, {"beside": model.beside})["beside"]
+    assert found.samples == 64
+    assert not found.matrix.any()
+    split = SplitQuantPass(calibration=batches, objective="predictions", plugins=plugins, **options)
+    record = next(r for r in manifest_of(split.apply(model, grid=UniformGrid(2))).layers if r.name == "beside")
+    assert record.error_whole in (0, None)
+
+
 def test_layers_too_large_for_memory_come_in_groups(plugins) -> None:
     torch.manual_seed(0)
     model = Classifier()

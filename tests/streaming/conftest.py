@@ -100,7 +100,7 @@ def stream(plugins: Any, tmp_path: Path) -> Callable[..., Any]:
     ) -> Any:
         backend = plugins.backend(backend_name)
         form = backend.resolve(WeightRequest(weights))
-        own = {key: options.pop(key) for key in ("ignore", "working_bytes", "extras", "scheduler") if key in options}
+        own = {key: options.pop(key) for key in ("ignore", "working_bytes", "finish", "scheduler") if key in options}
         first = SplitQuantPass(plugins=plugins, **{"splitter": "kmeans", **options})
         return stream_model(folder, tmp_path / name, first, backend, form, shard_bytes=shard_bytes, **own)
 

@@ -20,6 +20,7 @@ from splitquant_plugins.errors import ConfigError, InputError, SplitFailedError
 from splitquant_plugins.evaluation.tasks.choose import task_of
 from splitquant_plugins.passes.calibration import iter_calls
 from splitquant_plugins.plugins import Plugins
+from splitquant_plugins.streaming import quantize_model as module
 from splitquant_plugins.streaming.block_calls import block_calls
 from splitquant_plugins.streaming.quantize_model import quantize_model
 from splitquant_plugins.streaming.solve_checkpoint import solve_checkpoint
@@ -128,7 +129,9 @@ def test_a_run_that_was_killed_goes_on(make: Any, tmp_path: Path, monkeypatch: A
     with pytest.raises(KeyboardInterrupt):
         solve_checkpoint(tmp_path / "float", tmp_path / "solved", solver(batches), grid=GRID, ignore=IGNORED)
     assert not (tmp_path / "solved" / "config.json").exists()
+    (tmp_path / "solved" / ".activations.killed").mkdir()
     manifest = solve_checkpoint(tmp_path / "float", tmp_path / "solved", solver(batches), grid=GRID, ignore=IGNORED)
+    assert not list((tmp_path / "solved").glob(".activations*"))
     assert len(names) == 10 + 14  # the first block was not solved again
     assert_same(tensors(tmp_path / "straight"), tensors(tmp_path / "solved"))
     assert len(manifest.layers) == len(straight.layers)
@@ -165,6 +168,13 @@ def test_what_needs_the_model_is_refused(make: Any, tmp_path: Path, options: dic
     assert not (tmp_path / "solved").exists()
 
 
+def test_the_checkpoint_itself_is_not_written_into(make: Any, tmp_path: Path) -> None:
+    _, batches = make("llama")
+    with pytest.raises(InputError, match="is the checkpoint that is read"):
+        solve_checkpoint(tmp_path / "float", tmp_path / "float", solver(batches), grid=GRID)
+    assert not list((tmp_path / "float").glob("block_*"))
+
+
 def test_nan_in_a_weight_names_it(make: Any, tmp_path: Path) -> None:
     _, batches = make("llama")
     path = tmp_path / "float" / "model.safetensors"
@@ -199,13 +209,17 @@ class Stack(nn.Module):
         return x
 
 
+class Shared(dict):
+    """Keys and values of one block that another reads."""
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) + more
+        return self.linear(x) + (0 if isinstance(more, dict) else more)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +227,8 @@ class Block(nn.Module):
     [
         (Stack(lambda x: x.mean(dim=-1, keepdim=True)), "depend on what blocks before it return"),
         (Stack(torch.zeros_like, torch.relu), "as its first argument"),
+        (Stack(lambda x: Shared()), "is given a Shared"),
+        (Stack(lambda x: {}), "is given a dict"),
     ],
 )
 def test_blocks_that_do_not_simply_follow_each_other_are_refused(tmp_path: Path, model: Stack, problem: str) -> None:
@@ -272,6 +288,29 @@ def test_what_is_saved_is_what_is_saved_in_memory(make: Any, tmp_path: Path, bac
         json.loads((tmp_path / each / "splitquant_manifest.json").read_text())["values"] for each in ("True", "False")
     ]
     assert said[0] == said[1]
+
+
+def test_the_output_appears_whole(make: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    _, batches = make("llama")
+
+    def quantize() -> dict[str, Any]:
+        return quantize_model(
+            *(Plugins.load(), str(tmp_path / "float"), "quanto", WeightRequest("int2"), "none", tmp_path / "out", {}),
+            **{"stream": True, "pretrained": True, "decoupleq": FAST, "calibration": batches},
+        )
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "describe_streamed", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quantize()
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.solved").exists()
+    assert quantize()["layers_quantized"] == 22
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "out"]
+    assert "quantization_config" in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 def test_text_of_the_models_own_needs_the_model(make: Any, tmp_path: Path, capsys: Any) -> None:
