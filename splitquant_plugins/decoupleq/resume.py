@@ -45,13 +45,22 @@ def described(model: nn.Module) -> dict[str, Any]:
     }
     config: Any = getattr(model, "config", None)
     said = config.to_dict() if hasattr(config, "to_dict") else None
-    return {"modules": modules, "config": said, "attention": getattr(config, "_attn_implementation", None)}
+    code = [module.code for module in model.modules() if isinstance(module, torch.fx.GraphModule)]
+    return {
+        "modules": modules,
+        "graphs": code,
+        "config": said,
+        "attention": getattr(config, "_attn_implementation", None),
+    }
 
 
 def _said(value: Any) -> Any:
     """An attribute, as far as it can be written: functions by their names, other objects by their classes."""
     if isinstance(value, (bool, int, float, str, type(None), torch.dtype)):
         return repr(value)
+    if isinstance(value, Tensor) and not value.is_meta:
+        raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return [str(value.dtype), list(value.shape), hashlib.sha256(raw.tobytes()).hexdigest()]
     if isinstance(value, (tuple, list)):
         return [_said(each) for each in value]
     if isinstance(value, dict):
@@ -88,7 +97,7 @@ class Finished:
             )
         path = self._path(number, "safetensors")
         tensors = read_tensors(path)
-        if content.get("digest") != sha256_of(path):
+        if content.get("digest") != _digest(path, content.get("records")):
             raise InputError(f"{path} is not what was written there; delete the folder")
         return tensors, content["records"]
 
@@ -99,7 +108,7 @@ class Finished:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(number, "safetensors")
         write_tensors(path, {key: value.contiguous() for key, value in tensors.items()})
-        content = {"fingerprint": self.mark, "digest": sha256_of(path), "records": dict(records)}
+        content = {"fingerprint": self.mark, "digest": _digest(path, records), "records": dict(records)}
         write_json(self._path(number, "json"), content)
 
     def _path(self, number: int, extension: str) -> Path:
@@ -110,6 +119,11 @@ class Finished:
     def tensors_file(number: int) -> str:
         """Name of the file that holds the tensors of a stage."""
         return f"{_name(number)}.safetensors"
+
+
+def _digest(path: Path, records: Any) -> str:
+    """A hash of a file of tensors and of the records that go with it."""
+    return hashlib.sha256(f"{sha256_of(path)} {json.dumps(records, sort_keys=True)}".encode()).hexdigest()
 
 
 def _name(number: int) -> str:

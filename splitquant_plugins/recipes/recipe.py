@@ -89,6 +89,10 @@ def recipe_of(manifest: Manifest) -> Recipe:
     The backend and its weight format are in it where `splitquant quantize` made the model; calibration data are not in
     a manifest, and have to be named again.
     """
+    if any(record.clipping is not None for record in manifest.layers):
+        raise ConfigError(
+            "the model was made with ClipPass, which recipe files do not hold; write the recipe in Python"
+        )
     split: dict[str, Any] | Literal["none"] = UNSPLIT
     if manifest.config != DECOUPLEQ_ALONE:
         split = {**manifest.config.model_dump(mode="json", exclude_defaults=True), **_plain(manifest.splitter_options)}

@@ -32,7 +32,8 @@ class Parameters:
             found = self._find(group, state[group[0]])
             self._sources.update(dict.fromkeys(group, found))
             stored = source.spec(found).dtype
-            self.dtypes[found] = dtype if dtype is not None and stored.is_floating_point else stored
+            wanted = None if dtype is None else _kept_wider(model, group[0], dtype)
+            self.dtypes[found] = wanted if wanted is not None and stored.is_floating_point else stored
 
     def source_of(self, name: str) -> str:
         """The name in the checkpoint."""
@@ -76,3 +77,12 @@ class Parameters:
             if name != there[0] and not self._source.same(there[0], name):
                 raise InputError(f"{self._source.folder}: {there[0]} and {name} are tied in {kind}, and differ here")
         return there[0]
+
+
+def _kept_wider(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that transformers loads a tensor in: some modules keep float32 where the others have 16 bits."""
+    wide = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
+    if dtype == torch.float16:
+        wide += getattr(model, "_keep_in_fp32_modules", None) or ()
+    inside = any(re.search(rf"(^|\.){module}($|\.)", name) for module in wide)
+    return torch.float32 if inside and dtype in (torch.float16, torch.bfloat16) else dtype

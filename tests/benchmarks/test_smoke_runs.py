@@ -146,7 +146,7 @@ def test_solve_checkpoint() -> None:
     pytest.importorskip("transformers")
     import solve_checkpoint
 
-    (row,) = solve_checkpoint.run(smoke=True, layers=2, sequences=2, fast=True, folder=None)
-    assert row["layers"] == 14
+    (row,) = solve_checkpoint.run(smoke=True, sequences=2, fast=True, folder=None)
+    assert row["layers"] == 7
     assert row["error before / after"] > 1
-    assert row["seconds per block"] > 0
+    assert row["seconds of the block"] > 0

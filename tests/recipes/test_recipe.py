@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from splitquant_plugins import DecoupleQPass, SplitQuantPass, UniformGrid, manifest_of
+from splitquant_plugins import ClipPass, DecoupleQPass, SplitQuantPass, UniformGrid, manifest_of
 from splitquant_plugins.errors import ConfigError, InputError
 from splitquant_plugins.recipes.files import read_recipe, write_recipe
 from splitquant_plugins.recipes.recipe import Recipe, recipe_from, recipe_of
@@ -141,3 +141,10 @@ def test_a_recipe_that_is_no_file_is_refused_before_it_is_read(tmp_path, monkeyp
     for path in (tmp_path / "pipe", tmp_path):
         with pytest.raises(InputError, match="give a file"):
             read_recipe(path)
+
+
+def test_a_clipped_model_has_no_recipe_file(plugins):
+    torch.manual_seed(0)
+    model = ClipPass(plugins=plugins).apply(torch.nn.Sequential(torch.nn.Linear(16, 8)), grid=UniformGrid(2))
+    with pytest.raises(ConfigError, match="ClipPass, which recipe files do not hold"):
+        recipe_of(manifest_of(model))

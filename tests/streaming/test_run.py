@@ -560,3 +560,23 @@ def test_what_quanto_could_not_load_is_refused_by_name(checkpoints, stream, tmp_
         stream(folder)
     assert not (tmp_path / "streamed").exists()
     stream(folder, weights="int8")
+
+
+def test_modules_that_transformers_keeps_in_float32_are_kept_so(tmp_path):
+    """T5's `wo` in float16: what is streamed has the dtypes of what is loaded."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from splitquant_plugins.checkpoints.source import Source
+    from splitquant_plugins.streaming.layout import empty_skeleton
+    from splitquant_plugins.streaming.parameters import Parameters
+
+    config = T5Config(vocab_size=96, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2)
+    for dtype in (torch.float16, torch.bfloat16):
+        folder = tmp_path / str(dtype)
+        T5ForConditionalGeneration(config).to(dtype).save_pretrained(folder)
+        model, stated = empty_skeleton(folder)
+        parameters = Parameters(model, Source(folder), stated)
+        loaded = T5ForConditionalGeneration.from_pretrained(folder).state_dict()
+        found = {name: parameters.dtypes[parameters.source_of(name)] for name in loaded}
+        assert found == {name: tensor.dtype for name, tensor in loaded.items()}
+    assert any(dtype == torch.bfloat16 for dtype in found.values())
