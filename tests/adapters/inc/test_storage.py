@@ -13,9 +13,12 @@ from neural_compressor.torch.quantization import GPTQConfig, HQQConfig, RTNConfi
 from neural_compressor.torch.quantization import load as inc_load
 from safetensors.torch import load_file, save_file
 from splitquant_inc import load, save
+from splitquant_inc.packing import rtn_layer
+from splitquant_inc.storage import refuse_misfit, state_of
+from torch import nn
 
 from splitquant_plugins.errors import AlreadySplitError, InputError, SkeletonMismatchError
-from splitquant_plugins.manifest import FILE_NAME, manifest_of
+from splitquant_plugins.manifest import FILE_NAME, Manifest, manifest_of
 
 
 def calibrate(model):
@@ -137,3 +140,75 @@ def test_saving_an_unsplit_model_leaves_no_stale_manifest(net, ids, split_pass, 
     save(plain, tmp_path)
     assert not (tmp_path / FILE_NAME).exists()
     assert torch.equal(load(tmp_path, net())(ids), plain(ids))
+
+
+def test_an_exported_graph_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"an exported W8A8 graph .*torch\.quantization\.load"):
+        save(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2))), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def head_float(kind):
+    return RECIPES[kind]().set_local("head.*", type(RECIPES[kind]())(dtype="fp32"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["rtn2", "hqq"])
+def test_what_stays_float_and_what_is_tied_comes_back(net, ids, split_pass, tmp_path, kind):
+    def make():
+        model = net()
+        model.layers[1].up.bias = model.layers[0].up.bias
+        model.head_2 = nn.Linear(16, 8)
+        model.head_2.bias = model.head.bias
+        return model
+
+    model = quantize(make(), split_pass(exclude=["head*"]) + head_float(kind))
+    folder = tmp_path / "new" / "below"
+    save(model, folder)
+    save(model, folder)
+    said = json.loads((folder / "splitquant_inc.json").read_text())
+    assert said["same_as"]["head_2.bias"] == "head.bias"
+    assert all(name.startswith("layers.") for name in said["layers"])
+    coverage = Manifest.load(folder).coverage
+    left = {record.tensor for record in coverage.left_float if record.tensor.endswith("weight")}
+    assert left == {"embedding.weight", "head.weight", "head_2.weight"}
+    assert round(coverage.quantized_share * coverage.values) == sum(
+        layer.weight.numel() for block in net().layers for layer in (block.up, block.down)
+    )
+    expected = model(ids)
+    back = load(str(folder), make().train())
+    assert torch.equal(back(ids), expected)
+    assert not any(module.training for module in back.modules())
+    state, layers = state_of(back)
+    assert layers.keys() == said["layers"].keys()
+    kept = load_file(folder / "model.safetensors")
+    assert state.keys() == kept.keys() | said["same_as"].keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in kept.items())
+
+
+def test_a_misfit_is_told_on_one_line(net, split_pass, tmp_path):
+    save(quantize(net(), split_pass() + RECIPES["rtn2"]()), tmp_path)
+    other = net()
+    other.extra, other.more = nn.Linear(2, 2), nn.Linear(2, 2)
+    with pytest.raises(SkeletonMismatchError) as caught:
+        load(tmp_path, other)
+    assert str(caught.value).startswith(f"{tmp_path} does not fit Net: Error(s) in loading state_dict for Net: Missing")
+    assert "\n" not in str(caught.value)
+    assert "  " not in str(caught.value)
+
+
+def test_a_layer_has_the_sizes_of_the_packed_one():
+    from transformers.pytorch_utils import Conv1D
+
+    packed = rtn_layer(16, 8, 4, None)
+    refuse_misfit(nn.Linear(16, 8), "up", packed, "here")
+    refuse_misfit(Conv1D(8, 16), "up", packed, "here")
+    for other, sizes in (
+        (nn.Linear(16, 4), "Linear with 16 and 4"),
+        (nn.Linear(4, 8), "Linear with 4 and 8"),
+        (Conv1D(16, 8), "Conv1D with 8 and 16"),
+        (nn.ReLU(), "ReLU with None and None"),
+    ):
+        with pytest.raises(SkeletonMismatchError) as caught:
+            refuse_misfit(other, "up", packed, "here")
+        assert str(caught.value) == f"here: up is packed with 16 inputs and 8 outputs, and is a {sizes} here"

@@ -14,14 +14,14 @@ from torch import nn
 from splitquant_plugins import SplitQuantPass, manifest_of
 from splitquant_plugins.checkpoints.source import SINGLE_FILE
 from splitquant_plugins.errors import AlreadySplitError, InputError, SkeletonMismatchError, SplitQuantError
-from splitquant_plugins.manifest import FILE_NAME
+from splitquant_plugins.manifest import FILE_NAME, Manifest
 
 quanto = pytest.importorskip("optimum.quanto")
 pytest.importorskip("transformers")
 
 from splitquant_quanto import QuantizedSplitModel, load, save  # noqa: E402
 from splitquant_quanto.quantization import quantize_after  # noqa: E402
-from splitquant_quanto.storage import QMAP_FILE, STORAGE_FILE  # noqa: E402
+from splitquant_quanto.storage import QMAP_FILE, STORAGE_FILE, saved_tensors, validated_entry  # noqa: E402
 
 FILES = {SINGLE_FILE, QMAP_FILE, STORAGE_FILE, FILE_NAME}
 
@@ -303,3 +303,138 @@ def test_a_save_that_breaks_off_leaves_nothing_that_loads(split, models, tmp_pat
         load(folder)
     save(model, folder)
     load(folder)
+
+
+class Mixed(nn.Module):
+    """What is split, quantized whole and left float, with statistics, a counter and tied tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.split = nn.Linear(8, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.whole = nn.Linear(6, 6)
+        self.same = nn.Linear(6, 6)
+        self.plain = nn.Linear(6, 1)
+        self.plain_too = nn.Linear(6, 1)
+        self.plain_too.bias = self.plain.bias
+        self.one = nn.Linear(6, 1)
+        self.one_whole = nn.Linear(6, 1)
+
+    def forward(self, x):
+        x = self.whole(self.norm(self.split(x)).relu())
+        x = self.same(x)
+        return self.plain(x) + self.plain_too(x) + self.one(x) + self.one_whole(x)
+
+
+@pytest.fixture
+def mixed(plugins):
+    """Split by a splitter that needs no grid, then quantized by quanto alone."""
+    model = Mixed().eval().to(torch.bfloat16)
+    model.norm.running_mean.add_(0.3)
+    model = SplitQuantPass(plugins=plugins, splitter="kmeans", exclude=["whole", "plain*", "one_whole"])(model)
+    quanto.quantize(model, weights=quanto.qint4, exclude=["plain*", "same*"])
+    quanto.freeze(model)
+    return model
+
+
+def test_whatever_a_model_holds_comes_back_in_its_dtype(mixed, tmp_path):
+    folder = tmp_path / "new" / "below"
+    save(mixed, folder)
+    save(mixed, folder)
+    assert json.loads((folder / STORAGE_FILE).read_text())["same_as"] == {"plain_too.bias": "plain.bias"}
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    for made in (Mixed(), Mixed().double()):
+        back = load(str(folder), made.train())
+        assert not any(module.training for module in back.modules())
+        assert outputs(back, x).dtype == torch.bfloat16
+        assert torch.equal(outputs(back, x), outputs(mixed, x))
+        expected = mixed.state_dict()
+        assert {name: t.dtype for name, t in back.state_dict().items()} == {n: t.dtype for n, t in expected.items()}
+
+
+def test_the_manifest_says_what_was_quantized(mixed, tmp_path):
+    save(mixed, tmp_path)
+    found = Manifest.load(tmp_path).coverage
+    left = {record.tensor for record in found.left_float if record.tensor.endswith("weight")}
+    assert left == {"norm.weight", "same.weight", "plain.weight", "plain_too.weight"}
+    weights = [mixed.get_submodule(name).weight.numel() for name in ("whole", "one_whole")]
+    assert round(found.quantized_share * found.values) == 8 * 6 + 6 + sum(weights)
+
+
+def test_a_model_that_is_one_layer(plugins, tmp_path):
+    model = SplitQuantPass(plugins=plugins, splitter="kmeans")(nn.Linear(8, 6).to(torch.bfloat16))
+    quanto.quantize(model, weights=quanto.qint4)
+    quanto.freeze(model)
+    save(model, tmp_path)
+    x = torch.randn(2, 8, dtype=torch.bfloat16)
+    assert torch.equal(outputs(load(tmp_path, nn.Linear(8, 6)), x), outputs(model, x))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(8, 6),
+        lambda: nn.Linear(8, 6).to(torch.bfloat16),
+        lambda: nn.Linear(8, 1),
+        lambda: nn.Linear(256, 3),
+        *(lambda outputs=outputs: nn.Conv2d(4, outputs, 3) for outputs in (1, 3, 5)),
+    ],
+)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_what_quanto_saves_is_known(make, bits):
+    check_saved(make(), bits)
+
+
+def check_saved(layer, bits):
+    shape, dtype = layer.weight.shape, layer.weight.dtype
+    model = nn.Sequential(layer)
+    quanto.quantize(model, weights=getattr(quanto, f"qint{bits}"))
+    quanto.freeze(model)
+    found = {name.removeprefix("0."): t for name, t in model.state_dict().items() if name != "0.bias"}
+    known = saved_tensors(shape, dtype, bits, part=False)
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in found.items()} == {n: (t.dtype, t.shape) for n, t in known.items()}
+    part = saved_tensors(shape, dtype, bits, part=True)
+    if shape[0] > 1 or bits == 8:
+        assert part == known
+    else:
+        scales = ("weight._scale", "weight._shift")
+        assert all(part[name].shape == (1,) * len(shape) and part[name].dtype == dtype for name in scales)
+        assert {name: spec for name, spec in known.items() if name not in scales}.items() <= part.items()
+        assert part.keys() == known.keys()
+
+
+def test_an_entry_of_the_map():
+    entry = {"weights": "qint4", "activations": "none"}
+    assert validated_entry(entry, "here") == entry
+    for bad in ({**entry, "weights": "qint3"}, {**entry, "activations": "qint8"}, {**entry, "more": 1}, None):
+        with pytest.raises(InputError, match=r"^here is damaged or not for weights alone: (Input|Extra) "):
+            validated_entry(bad, "here")
+
+
+def tensors_gone(state):
+    del state["0.lower.bias"], state["2.lower.bias"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (tensors_gone, r"there is no tensor 0\.lower\.bias \(2 such tensors\)"),
+        (lambda s: s.update(zz=torch.ones(1), surprise=torch.ones(2)), r"has no tensor surprise \(2 such tensors\)"),
+        (rename, r"there is no tensor 0\.lower\.bias \(2 such tensors\)"),
+        (
+            lambda s: s.update({"0.lower.bias": torch.zeros(5)}),
+            r"0\.lower\.bias is \(5,\) torch\.float32, and not \(16,\) torch\.float32",
+        ),
+    ],
+)
+def test_the_tensor_that_does_not_fit_is_named(mlp_folder, models, change, message):
+    change_state(mlp_folder, change)
+    with pytest.raises(SkeletonMismatchError, match=message):
+        load(mlp_folder, models.mlp())
+
+
+def test_a_layer_of_the_map_has_to_be_one_that_quanto_quantizes(mlp_folder, models):
+    path = mlp_folder / QMAP_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "1": {"weights": "qint4", "activations": "none"}}))
+    with pytest.raises(SkeletonMismatchError, match="quantizes 1, which is a ReLU here"):
+        load(mlp_folder, models.mlp())
