@@ -212,3 +212,11 @@ def test_a_layer_has_the_sizes_of_the_packed_one():
         with pytest.raises(SkeletonMismatchError) as caught:
             refuse_misfit(other, "up", packed, "here")
         assert str(caught.value) == f"here: up is packed with 16 inputs and 8 outputs, and is a {sizes} here"
+
+
+def test_a_folder_of_save_pretrained_is_left_to_transformers(net, split_pass, tmp_path, monkeypatch):
+    save(quantize(net(), split_pass() + RECIPES["rtn2"]()), tmp_path)
+    monkeypatch.setattr("splitquant_inc.storage.is_pretrained", lambda folder: folder == tmp_path)
+    monkeypatch.setattr("splitquant_inc.storage.load_model", lambda folder: [folder])
+    assert load(tmp_path) == [str(tmp_path)]
+    assert isinstance(load(tmp_path, net()), type(net()))

@@ -429,8 +429,9 @@ def tensors_gone(state):
 )
 def test_the_tensor_that_does_not_fit_is_named(mlp_folder, models, change, message):
     change_state(mlp_folder, change)
-    with pytest.raises(SkeletonMismatchError, match=message):
+    with pytest.raises(SkeletonMismatchError, match=message) as caught:
         load(mlp_folder, models.mlp())
+    assert str(caught.value).startswith(f"{mlp_folder}: ")
 
 
 def test_a_layer_of_the_map_has_to_be_one_that_quanto_quantizes(mlp_folder, models):
@@ -438,3 +439,33 @@ def test_a_layer_of_the_map_has_to_be_one_that_quanto_quantizes(mlp_folder, mode
     path.write_text(json.dumps({**json.loads(path.read_text()), "1": {"weights": "qint4", "activations": "none"}}))
     with pytest.raises(SkeletonMismatchError, match="quantizes 1, which is a ReLU here"):
         load(mlp_folder, models.mlp())
+
+
+def test_a_folder_of_save_pretrained_is_left_to_transformers(mlp_folder, models, monkeypatch):
+    monkeypatch.setattr("splitquant_quanto.storage.is_pretrained", lambda folder: folder == mlp_folder)
+    monkeypatch.setattr("splitquant_quanto.storage.load_model", lambda folder: [folder])
+    assert load(mlp_folder) == [str(mlp_folder)]
+    assert isinstance(load(mlp_folder, models.mlp()), nn.Sequential)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("one\n  line"), "the tensors do not fit the model: one line"),
+        (AssertionError(), "the tensors do not fit the model: a tensor is of the wrong kind"),
+        (None, "4 quantized layers were not found, 0.lower among them"),
+    ],
+)
+def test_what_quanto_does_not_take_is_told(plugins, tmp_path, monkeypatch, error, message):
+    def requantize(*arguments, **options):
+        if error is not None:
+            raise error
+
+    model = SplitQuantPass(plugins=plugins, splitter="kmeans", k=2)(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    quanto.quantize(model, weights=quanto.qint4)
+    quanto.freeze(model)
+    save(model, tmp_path)
+    monkeypatch.setattr("splitquant_quanto.storage.requantize", requantize)
+    with pytest.raises(SkeletonMismatchError) as caught:
+        load(tmp_path, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    assert str(caught.value) == f"{tmp_path}: {message}"
