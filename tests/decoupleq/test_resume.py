@@ -73,33 +73,32 @@ def test_tensors_count_wherever_and_however_they_are_held():
         assert fingerprint({}, [], [changed]) != fingerprint({}, [], [weight])
 
 
-def without_private(said: dict[str, Any]) -> dict[str, Any]:
-    """PyTorch's own attributes left out, which differ between its releases."""
-    kept = {
-        name: [kind, {key: value for key, value in values.items() if not key.startswith("_")}]
-        for name, (kind, values) in said["modules"].items()
-    }
-    return {**said, "modules": kept}
-
-
 def test_what_a_model_says_of_itself():
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.eps, self.mode, self.gated, self.limit, self.sizes, self.steps = 1e-5, "sum", True, None, [1, 2], 3
+            self.act, self.table = torch.relu, {"of": torch.float16, 2: (One(),)}
             self.linear = nn.Linear(4, 2, bias=False)
 
     model = Scaled()
     name = "test_what_a_model_says_of_itself.<locals>.Scaled"
+    more = {"sizes": ["1", "2"], "act": torch.relu.__qualname__, "table": {"'of'": "torch.float16", "2": ["One"]}}
     modules = {
-        "": [name, {"eps": 1e-5, "mode": "sum", "gated": True, "limit": None, "steps": 3}],
-        "linear": ["Linear", {"in_features": 4, "out_features": 2}],
+        "": [name, {"eps": "1e-05", "mode": "'sum'", "gated": "True", "limit": "None", "steps": "3", **more}],
+        "linear": ["Linear", {"in_features": "4", "out_features": "2"}],
     }
-    assert without_private(described(model)) == {"modules": modules, "config": None, "attention": None}
+    assert described(model) == {"modules": modules, "graphs": [], "config": None, "attention": None}
     model.config = SimpleNamespace(to_dict=lambda: {"layers": 2}, _attn_implementation="eager")
-    assert without_private(described(model)) == {"modules": modules, "config": {"layers": 2}, "attention": "eager"}
+    assert described(model) == {"modules": modules, "graphs": [], "config": {"layers": 2}, "attention": "eager"}
+    model.table = torch.ones(2)
+    (dtype, shape, digest) = described(model)["modules"][""][1]["table"]
+    assert (dtype, shape) == ("torch.float32", [2])
+    model.table[0] = 2
+    assert described(model)["modules"][""][1]["table"][2] != digest
+    model.table = {"of": torch.float16, 2: (One(),)}
     model.config = {"layers": 2}
-    assert without_private(described(model)) == {"modules": modules, "config": None, "attention": None}
+    assert described(model) == {"modules": modules, "graphs": [], "config": None, "attention": None}
 
 
 def test_a_folder_or_none_is_no_file(tmp_path, monkeypatch):
