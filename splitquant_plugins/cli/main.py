@@ -84,3 +84,7 @@ def _one_line_warning(message: Warning | str, category: type[Warning], *_: objec
     """Show the package's own warnings in one line, and leave those of libraries out of a user's sight."""
     if issubclass(category, SplitQuantWarning):
         click.echo(f"splitquant: warning: {' '.join(str(message).split())}", err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -77,8 +77,6 @@ def recipe_from(content: Any, where: str, plugins: Plugins | None = None) -> Rec
         _check_split(recipe.options(), f"{where}: split", plugins)
     if recipe.decoupleq is not None:
         refuse_unknown(recipe.decoupleq, DecoupleQConfig.model_fields, f"{where}: decoupleq")
-        if recipe.calibration is None:
-            raise ConfigError(f"{where}: decoupleq needs calibration data: add calibration: FILE, or self")
         _with_place(lambda: decoupleq_config(dict(recipe.decoupleq or {})), f"{where}: decoupleq")
     return recipe
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -45,3 +47,9 @@ def test_own_warnings_are_one_line_and_those_of_libraries_are_not_shown(capsys: 
         warnings.showwarning("a layer\nis left whole", SplitQuantWarning, "here.py", 1)
         warnings.showwarning("splitquant is not the one who says this", UserWarning, "there.py", 1)
     assert capsys.readouterr().err == "splitquant: warning: a layer is left whole\n"
+
+
+def test_the_module_runs_the_command_line() -> None:
+    done = subprocess.run([sys.executable, "-m", "splitquant_plugins.cli.main"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "compare" in done.stderr

@@ -80,6 +80,19 @@ def test_options_that_would_be_lost_are_refused(
     assert problem in fails("quantize", classifier(), "--recipe", recipe, "--output", tmp_path / "out", *more)
 
 
+def test_calibration_of_the_command_line_serves_a_recipe_without_any(
+    classifier: Callable[..., Path], texts: Path, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    recipe, model = tmp_path / "recipe.yaml", classifier()
+    recipe.write_text("weights: int2\nsplit: none\ndecoupleq: {rounds: 1, starts: [1.0], sweeps: 1}\n")
+    for command in (["quantize", model, "--output", tmp_path / "out"], ["compare", model, "--data", texts]):
+        assert "needs calibration data" in fails(*command, "--recipe", recipe)
+    given = ["--recipe", str(recipe), "--calibration", str(texts)]
+    assert run(["quantize", str(model), "--output", str(tmp_path / "out"), *given]) == 0
+    manifest = json.loads((tmp_path / "out" / "splitquant_manifest.json").read_text())
+    assert manifest["values"]["rounds"] == 1
+
+
 def test_patterns_may_be_numbers_as_the_layers_of_a_sequential_are_named() -> None:
     assert pass_options(extra=("exclude=0", "include=1,2", "activations=true")) == {
         "jobs": 1,

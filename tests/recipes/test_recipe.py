@@ -77,7 +77,6 @@ def test_json_and_an_empty_mapping_are_recipes(file):
         ("split: all", "split: 'all': "),
         ("decoupleq: {round: 3}\ncalibration: self", "decoupleq has no 'round'; did you mean 'rounds'?"),
         ("decoupleq: {rounds: many}\ncalibration: self", "decoupleq: DecoupleQPass option rounds='many'"),
-        ("decoupleq: {}", "decoupleq needs calibration data"),
         ("- a list", "is no recipe: it holds a list"),
         ("", "is no recipe: it holds a NoneType"),
     ],
