@@ -238,7 +238,8 @@ def is_tensor_subclass(tensor: Tensor) -> bool:
     What stands for a plain tensor while a model is exported or compiled is none: to dequantize it would leave a call in
     the graph, in front of the weight of each part.
     """
-    data = tensor.data if isinstance(tensor, nn.Parameter) else tensor
+    # Not isinstance: backends' tensors that are parameters count as one, and take long to give their data.
+    data = tensor.data if issubclass(type(tensor), nn.Parameter) else tensor
     plain = (FakeTensor, FunctionalTensor)
     return type(data) not in (Tensor, ReadOnlyTensor, *plain) and hasattr(data, "dequantize")
 
