@@ -70,7 +70,7 @@ def quantize(
     """
     from splitquant_plugins.backends import ROUND_TO_NEAREST
     from splitquant_plugins.checkpoints.coverage import coverage_of, sentences
-    from splitquant_plugins.evaluation.compare import DECOUPLEQ, NEEDS_CALIBRATION
+    from splitquant_plugins.evaluation.compare import DECOUPLEQ
     from splitquant_plugins.evaluation.tasks.choose import task_of
     from splitquant_plugins.evaluation.tasks.language_model import head_sentences
     from splitquant_plugins.evaluation.tasks.text_classification import OWN_TEXT
@@ -84,8 +84,6 @@ def quantize(
         raise ConfigError(
             "--calibration self runs the whole model, which --stream never has: write the text before, and give it"
         )
-    if method == DECOUPLEQ and calibration is None:
-        raise ConfigError(f"method {DECOUPLEQ!r} {NEEDS_CALIBRATION}")
     task = task_of(model, context=context, head=head)
     solved = decoupleq or {} if method == DECOUPLEQ else None
     row = quantize_model(

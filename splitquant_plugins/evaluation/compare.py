@@ -35,7 +35,7 @@ UNSPLIT = "none"
 DECOUPLEQ = "decoupleq"
 # What outputs may be measured by, whatever the kind of model.
 MEASURES = ("accuracy", "agreement", "logit_sqnr_db", "perplexity", "kl", "tokens")
-NEEDS_CALIBRATION = (
+_NEEDS_CALIBRATION = (
     "needs calibration data: give --calibration FILE, data as --data takes them, or --calibration self for a language "
     "model"
 )
@@ -97,7 +97,7 @@ def plan_runs(
     for backend in chosen:
         backend.require()
     if DECOUPLEQ in methods and calibration is None:
-        raise ConfigError(f"method {DECOUPLEQ!r} {NEEDS_CALIBRATION}")
+        raise ConfigError(f"method {DECOUPLEQ!r} {_NEEDS_CALIBRATION}")
     solver = None
     if DECOUPLEQ in methods:
         solver = DecoupleQPass(calibration=calibration, plugins=plugins, **(solver_options or {}))
@@ -105,9 +105,9 @@ def plan_runs(
     for backend, request, method in product(chosen, requests, methods):
         own = ROUND_TO_NEAREST if method == DECOUPLEQ else method
         if request.quantizer is not None and calibration is None:
-            raise ConfigError(f"stock quantizer {request.quantizer!r} of backend {backend.name} {NEEDS_CALIBRATION}")
+            raise ConfigError(f"stock quantizer {request.quantizer!r} of backend {backend.name} {_NEEDS_CALIBRATION}")
         if own in backend.calibrated and calibration is None:
-            raise ConfigError(f"method {own!r} of backend {backend.name} {NEEDS_CALIBRATION}")
+            raise ConfigError(f"method {own!r} of backend {backend.name} {_NEEDS_CALIBRATION}")
         form = backend.resolve(replace(request, method=own))
         batches = calibration if own in backend.calibrated or request.quantizer is not None else None
         formats.append((backend, form, solver if method == DECOUPLEQ else None, batches))

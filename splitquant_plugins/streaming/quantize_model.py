@@ -88,9 +88,10 @@ def quantize_model(
         given = calibration if plugins.splitter(splitter).uses_calibration or not used_later else None
         own = options if given is None else {**options, "calibration": given}
         first = SplitQuantPass(splitter=splitter, plugins=plugins, **own)
+    if calibration is None and (decoupleq is not None or form.method in chosen.calibrated):
+        method = f"{form.method!r} of backend {backend}" if decoupleq is None else "'decoupleq'"
+        raise ConfigError(f"method {method} needs calibration data: give --calibration")
     solver = None if decoupleq is None else DecoupleQPass(calibration=calibration, plugins=plugins, **decoupleq)
-    if form.method in chosen.calibrated and calibration is None:
-        raise ConfigError(f"method {form.method!r} of backend {backend} needs calibration data: give --calibration")
     if first is None and solver is None:
         raise ConfigError("split 'none': a plain model is saved by the backend's own tools; choose a splitter")
     refuse_output_folder(output)
